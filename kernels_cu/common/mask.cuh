@@ -1,0 +1,54 @@
+// Which keys a query sees, and what is done to a score before the softmax.
+//
+// Compile-time values: MASK whether causal or window masks exist; SOFTCAP, ALIBI whether those apply; SCALE_FIRST
+// whether scores are multiplied by the scale here (otherwise inside the exponent, which saves an instruction).
+//
+// Masks align to the bottom right: with shift = seqlen_k - seqlen_q, query i stands at key i + shift.
+#pragma once
+
+#include "common/params.cuh"
+
+// Keys [begin, end) that one query token sees.
+struct KeyRange {
+    int begin, end;
+};
+
+__device__ __forceinline__ KeyRange visible_keys(const ForwardParams& p, int token, int shift, int seqlen_k) {
+    KeyRange range = {0, seqlen_k};
+#if MASK
+    if (p.window_left >= 0) range.begin = max(0, token + shift - p.window_left);
+    if (p.window_right >= 0) range.end = min(seqlen_k, token + shift + p.window_right + 1);
+#endif
+    return range;
+}
+
+// tanh without cancellation that matters here: absolute error about 1e-7, infinite inputs give +-1.
+__device__ __forceinline__ float tanh_exp2(float x) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(x * (2.0f * LOG2_E)));
+}
+
+// Everything between the dot product and the softmax, except masks. Afterwards the score counts in units of
+// `score_unit` (in powers of two).
+__device__ __forceinline__ float transform_score(const ForwardParams& p, float dot, float slope, int distance) {
+#if SOFTCAP
+    dot = tanh_exp2(dot * __fdividef(p.softmax_scale, p.softcap));
+#elif SCALE_FIRST
+    dot *= p.softmax_scale;
+#endif
+#if ALIBI
+    dot = (SOFTCAP ? dot * p.softcap : dot) - slope * abs(distance);
+#endif
+    return dot;
+}
+
+__device__ __forceinline__ float score_unit(const ForwardParams& p) {
+#if ALIBI
+    return LOG2_E;
+#elif SOFTCAP
+    return p.softcap * LOG2_E;
+#elif SCALE_FIRST
+    return LOG2_E;
+#else
+    return p.softmax_scale * LOG2_E;
+#endif
+}

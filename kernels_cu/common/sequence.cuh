@@ -1,0 +1,186 @@
+// Which rows a thread block works on: from blockIdx to sequence, head and query tile, all on the device.
+//
+// Compile-time values: TILE_M rows of a tile; GROUP query heads packed into its rows (1: none); PACKED_Q
+// whether q is packed by cu_seqlens_q; CACHE_KIND where keys lie.
+//
+// Row r of a sequence's tiles is query token r / GROUP under head kv_head * GROUP + r % GROUP, so that with
+// packing one tile serves a whole group of query heads from one read of its keys.
+#pragma once
+
+#include "common/params.cuh"
+
+#define CACHE_DENSE 0
+#define CACHE_PACKED 1
+#define CACHE_PAGED 2
+
+struct Tile {
+    int sequence;  // -1: nothing to do; `batch`: the rows of a packed q behind its last sequence
+    int head;      // query head, or kv head when GROUP > 1
+    int first_row; // of the tile, within its sequence
+    int q_begin;   // first row of the sequence in a packed q
+    int seqlen_q;
+};
+
+struct Keys {
+    int length;        // keys that the sequence's queries can see
+    int padding;       // rows of a paged sequence in front of them
+    const Element* k;  // row 0 of the head; of the whole cache when it is paged
+    const Element* v;
+    const int* table;
+    bool bad;          // lengths or indices that do not fit the arrays: the result is NaN
+};
+
+// Packed q: every warp scans cu_seqlens_q, 32 sequences at a time, for the sequence that holds tile `tile`.
+// Entries are clamped to the array, so that no content of theirs leads outside it.
+__device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int tile) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    int tiles_before = 0;
+    for (int base = 0; base <= p.batch; base += WARP_SIZE) {
+        const int b = base + lane;
+        const int begin = b <= p.batch ? clamp(p.cu_seqlens_q[b], 0, p.total_q) : p.total_q;
+        const int end = b < p.batch ? clamp(p.cu_seqlens_q[b + 1], 0, p.total_q) : p.total_q;
+        const int length = max(end - begin, 0);
+        const int tiles = ceil_div(length * GROUP, TILE_M);
+        int through = tiles;
+#pragma unroll
+        for (int step = 1; step < WARP_SIZE; step *= 2) {
+            const int below = __shfl_up_sync(~0u, through, step);
+            if (lane >= step) through += below;
+        }
+        const u32 holds = __ballot_sync(~0u, tiles_before + through > tile);
+        if (holds != 0) {
+            const int source = __ffs(holds) - 1;
+            const int first = tiles_before + __shfl_sync(~0u, through - tiles, source);
+            const int count = __shfl_sync(~0u, tiles, source);
+            Tile found;
+            found.sequence = base + source;
+            found.q_begin = __shfl_sync(~0u, begin, source);
+            found.seqlen_q = __shfl_sync(~0u, length, source);
+            found.first_row = (count - 1 - (tile - first)) * TILE_M;
+            return found;
+        }
+        tiles_before += __shfl_sync(~0u, through, WARP_SIZE - 1);
+    }
+    Tile none;
+    none.sequence = -1;
+    return none;
+}
+
+// The tile of this thread block. Tiles with the most keys under a causal mask (the last ones) come first, so
+// that short ones fill the tail. Dense q walks sections of (sequence, head) pairs whose keys fit the L2 cache.
+__device__ __forceinline__ Tile find_tile(const ForwardParams& p) {
+    const int heads = GROUP > 1 ? p.num_kv_heads : p.num_heads;
+    const u32 index = blockIdx.x;
+#if PACKED_Q
+    Tile tile = find_packed_tile(p, index / heads);
+    tile.head = index % heads;
+#else
+    const u32 pairs = p.batch * heads;
+    const u32 full_section = static_cast<u32>(p.pairs_per_section) * p.tiles_per_sequence;
+    const u32 section = index / full_section;
+    const u32 first_pair = section * p.pairs_per_section;
+    const u32 width = min(static_cast<u32>(p.pairs_per_section), pairs - first_pair);
+    const u32 within = index - section * full_section;
+    const u32 pair = first_pair + within % width;
+    Tile tile;
+    tile.sequence = pair / heads;
+    tile.head = pair % heads;
+    tile.first_row = (p.tiles_per_sequence - 1 - within / width) * TILE_M;
+    tile.q_begin = 0;
+    tile.seqlen_q = p.seqlen_q;
+#endif
+    return tile;
+}
+
+// Where one kv head's keys of a sequence lie, and how many. Contents that do not fit set `bad` and are clamped.
+__device__ __forceinline__ Keys find_keys(const ForwardParams& p, int sequence, int kv_head) {
+    Keys keys;
+    keys.length = 0;
+    keys.padding = 0;
+    keys.k = p.k + kv_head * p.k_strides.head;
+    keys.v = p.v + kv_head * p.v_strides.head;
+    keys.table = nullptr;
+    keys.bad = false;
+    if (sequence >= p.batch) return keys;
+
+    int first = 0;
+    int entry = 0;
+    int capacity = p.cache_rows;
+    int length = p.cache_rows;
+    if (p.cu_seqlens_k != nullptr) {
+        const int begin = p.cu_seqlens_k[sequence], end = p.cu_seqlens_k[sequence + 1];
+        length = end - begin;
+        if (CACHE_KIND == CACHE_PACKED) {
+            first = clamp(begin, 0, p.cache_rows);
+            capacity = clamp(end, first, p.cache_rows) - first;
+            keys.bad = first != begin || length != capacity;
+        }
+    }
+    if (p.seqused_k != nullptr) length = p.seqused_k[sequence] + p.seqlen_new;
+    if (CACHE_KIND == CACHE_DENSE) {
+        entry = p.cache_batch_idx != nullptr ? p.cache_batch_idx[sequence] : sequence;
+        if (entry < 0 || entry >= p.cache_entries) {
+            keys.bad = true;
+            entry = capacity = 0;
+        }
+    }
+    keys.length = clamp(length, 0, capacity);
+    keys.bad |= keys.length != length;
+
+    if (p.cache_leftpad != nullptr) {
+        const int given = p.cache_leftpad[sequence];
+        const int padding = clamp(given, 0, keys.length);
+        keys.bad |= padding != given;
+        keys.length -= padding;
+        first += padding;
+    }
+    if (CACHE_KIND == CACHE_PAGED) {
+        keys.table = p.block_table + static_cast<i64>(sequence) * p.table_stride;
+        keys.padding = first;
+    } else {
+        keys.k += entry * p.k_strides.outer + first * p.k_strides.row;
+        keys.v += entry * p.v_strides.outer + first * p.v_strides.row;
+    }
+    return keys;
+}
+
+// The element offset of visible key `row` from Keys::k or Keys::v, whose strides these are. `valid` becomes false,
+// and the offset 0, for a block id outside the cache.
+__device__ __forceinline__ i64 key_offset(const ForwardParams& p, const Keys& keys, const Strides& strides, int row, bool& valid) {
+#if CACHE_KIND == CACHE_PAGED
+    row += keys.padding;
+    const int block = __ldg(keys.table + row / BLOCK_SIZE);
+    valid = static_cast<u32>(block) < static_cast<u32>(p.cache_entries);
+    return valid ? block * strides.outer + row % BLOCK_SIZE * strides.row : 0;
+#else
+    valid = true;
+    return row * strides.row;
+#endif
+}
+
+// The query row that tile row `row` stands for.
+struct QueryRow {
+    int token; // within its sequence
+    int head;
+    bool exists;
+};
+
+__device__ __forceinline__ QueryRow find_query_row(const Tile& tile, int row) {
+    const int index = tile.first_row + row;
+    QueryRow at;
+    at.token = index / GROUP;
+    at.head = GROUP > 1 ? tile.head * GROUP + index % GROUP : tile.head;
+    at.exists = at.token < tile.seqlen_q;
+    return at;
+}
+
+__device__ __forceinline__ i64 query_offset(const Strides& strides, const Tile& tile, const QueryRow& at) {
+    const i64 row = PACKED_Q ? tile.q_begin + at.token : at.token;
+    return (PACKED_Q ? 0 : tile.sequence * strides.outer) + row * strides.row + at.head * strides.head;
+}
+
+// lse is (batch, heads, seqlen_q) dense and (heads, total_q) packed, contiguous.
+__device__ __forceinline__ i64 lse_offset(const ForwardParams& p, const Tile& tile, const QueryRow& at) {
+    if (PACKED_Q) return static_cast<i64>(at.head) * p.total_q + tile.q_begin + at.token;
+    return (static_cast<i64>(tile.sequence) * p.num_heads + at.head) * p.seqlen_q + at.token;
+}
