@@ -20,13 +20,14 @@
 //     K  [STAGES][TILE_N]
 //     V  [STAGES][TILE_N]
 //
-// Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N WARPS STAGES BLOCKS_PER_SM GROUP PACKED_Q CACHE_KIND BLOCK_SIZE
+// Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N WARPS STAGES GROUP PACKED_Q CACHE_KIND BLOCK_SIZE
 // MASK SOFTCAP ALIBI SCALE_FIRST LOAD_BYTES STORE_BYTES.
 
 #include "common/types.cuh"
 #include "common/params.cuh"
 #include "common/sequence.cuh"
 #include "common/mask.cuh"
+#include "common/softmax.cuh"
 #include "common/copy.cuh"
 #include "common/mma.cuh"
 
@@ -80,12 +81,11 @@ __device__ __forceinline__ void load_queries(const ForwardParams& p, const Tile&
     });
 }
 
-// One tile of keys or of values. Returns false when the block table led outside the cache.
+// One tile of keys or of values. A block id outside the cache marks the keys as bad.
 template <bool VALUES>
-__device__ __forceinline__ bool load_keys(const ForwardParams& p, const Keys& keys, int first, u32 shared) {
+__device__ __forceinline__ void load_keys(const ForwardParams& p, Keys& keys, int first, u32 shared) {
     const Strides& strides = VALUES ? p.v_strides : p.k_strides;
     const Element* base = VALUES ? keys.v : keys.k;
-    bool valid = true;
     if constexpr (PASS_ROWS > 0 && CACHE_KIND != CACHE_PAGED) {
         // One pointer steps down the rows: an address of its own for each would not fit the registers.
         const Element* from = base + (first + static_cast<int>(threadIdx.x) / ROW_CHUNKS) * strides.row;
@@ -107,12 +107,11 @@ __device__ __forceinline__ bool load_keys(const ForwardParams& p, const Keys& ke
             i64 offset = 0;
             if (exists) {
                 offset = key_offset(p, keys, strides, first + row, exists);
-                valid &= exists;
+                if (!exists) keys.bad = true;
             }
             copy_chunk(shared + chunk_offset(row, chunk), base + offset, chunk, exists);
         });
     }
-    return valid;
 }
 
 // scores = Q K^T for the warp's rows.
@@ -178,15 +177,6 @@ __device__ __forceinline__ int lane_row(int m, int h) {
 }
 __device__ __forceinline__ int lane_column(int n) { return n * 8 + threadIdx.x % 4 * 2; }
 
-__device__ __forceinline__ float slope_of(const ForwardParams& p, const Tile& tile, const QueryRow& at) {
-#if ALIBI
-    const int sequence = min(tile.sequence, p.batch - 1);
-    return at.exists ? p.alibi_slopes[sequence * p.alibi_batch_stride + at.head] : 0.0f;
-#else
-    return 0.0f;
-#endif
-}
-
 // Soft cap, bias and, where `masked`, -infinity for the keys that a row does not see.
 __device__ __forceinline__ void shape_scores(const ForwardParams& p, const Tile& tile, int seqlen_k, int first_key, bool masked, float (&scores)[M_TILES][N_TILES][4]) {
     const int shift = seqlen_k - tile.seqlen_q;
@@ -196,7 +186,7 @@ __device__ __forceinline__ void shape_scores(const ForwardParams& p, const Tile&
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 const QueryRow at = find_query_row(tile, lane_row(m, h));
-                const float slope = slope_of(p, tile, at);
+                const float slope = alibi_slope(p, tile, at);
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
@@ -280,7 +270,7 @@ __device__ __forceinline__ void online_softmax(State& state, float (&scores)[M_T
         }
 }
 
-// Divides by the sums, adds sinks, writes lse, and leaves the 16-bit rows of this warp in shared memory.
+// Divides by the sums, writes lse, and leaves the 16-bit rows of this warp in shared memory.
 __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Tile& tile, State& state, float unit, bool poison, u32 shared) {
     const int lane = threadIdx.x % WARP_SIZE;
 #pragma unroll
@@ -289,30 +279,15 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Tile& 
         for (int h = 0; h < 2; ++h) {
             const int row = lane_row(m, h);
             const QueryRow at = find_query_row(tile, row);
-            const float maximum = state.maximum[m][h] * unit;
-            float sum = row_sum(state.sum[m][h]);
-            const bool sees_keys = state.maximum[m][h] != -infinity() || sum != 0.0f;
-            float scale = 0.0f, lse = -infinity();
-            if (sees_keys) {
-                float extra = 0.0f;
-                if (p.sinks != nullptr && at.exists) extra = exp2_approx(p.sinks[at.head] * LOG2_E - maximum);
-                if (extra == infinity()) { // the sink outweighs every key beyond float32
-                    lse = p.sinks[at.head];
-                } else {
-                    sum += extra;
-                    scale = 1.0f / sum;
-                    lse = maximum * LN_2 + logf(sum);
-                }
-            }
-            if (poison) scale = lse = quiet_nan();
+            const RowResult result = finish_row(p, at.exists ? at.head : 0, state.maximum[m][h] * unit, row_sum(state.sum[m][h]), poison);
 #pragma unroll
             for (int d = 0; d < D_TILES; ++d) {
                 // One m-tile's row of 8 columns is one chunk: four lanes fill its four words.
                 const u32 to = shared + chunk_offset(row, d) + lane % 4 * 4;
-                const u32 packed = pack(state.out[m][d][2 * h] * scale, state.out[m][d][2 * h + 1] * scale);
+                const u32 packed = pack(state.out[m][d][2 * h] * result.scale, state.out[m][d][2 * h + 1] * result.scale);
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
             }
-            if (p.lse != nullptr && at.exists && lane % 4 == 0) p.lse[lse_offset(p, tile, at)] = lse;
+            if (p.lse != nullptr && at.exists && lane % 4 == 0) p.lse[lse_offset(p, tile, at)] = result.lse;
         }
 }
 
@@ -342,33 +317,37 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const Tile& t
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_sm80(const __grid_constant__ ForwardParams p) {
-    extern __shared__ __align__(1024) uint4 shared_memory[];
-    const Shared shared(shared_address(shared_memory));
+// What a block knows of its work. It stays in shared memory, because the main loop's accumulators leave no
+// registers for it.
+struct Work {
+    Tile tile;
+    Keys keys;
+    int begin, end;             // tiles of keys that any row sees
+    int whole_begin, whole_end; // among them those that every row sees whole
+};
 
+__device__ __forceinline__ bool find_work(const ForwardParams& p, Work& shared) {
     const Tile tile = find_tile(p);
-    if (tile.sequence < 0) return;
+    if (tile.sequence < 0) return false;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
     const Keys keys = find_keys(p, tile.sequence, kv_head);
     const int shift = keys.length - tile.seqlen_q;
-
-    // The tiles that any row sees, and among them those that every row sees whole.
     const int last_row = min(tile.first_row + TILE_M, tile.seqlen_q * GROUP) - 1;
     const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, keys.length);
     const KeyRange last_sees = visible_keys(p, last_row / GROUP, shift, keys.length);
-    const int begin = first_sees.begin / TILE_N;
-    const int end = ceil_div(max(last_sees.end, 0), TILE_N);
-    const int whole_begin = ceil_div(last_sees.begin, TILE_N);
-    const int whole_end = max(first_sees.end, 0) / TILE_N;
+    if (threadIdx.x == 0) {
+        shared.tile = tile;
+        shared.keys = keys;
+        shared.begin = first_sees.begin / TILE_N;
+        shared.end = ceil_div(max(last_sees.end, 0), TILE_N);
+        shared.whole_begin = ceil_div(last_sees.begin, TILE_N);
+        shared.whole_end = max(first_sees.end, 0) / TILE_N;
+    }
+    __syncthreads();
+    return true;
+}
 
-    // The epilogue takes the tile from shared memory: the main loop has no registers to keep it in.
-    __shared__ Tile stashed_tile;
-    if (threadIdx.x == 0) stashed_tile = tile;
-
-    bool valid = !keys.bad;
-    load_queries(p, tile, shared.q);
-
-    State state;
+__device__ __forceinline__ void clear(State& state) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -381,31 +360,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_sm8
 #pragma unroll
             for (int i = 0; i < 4; ++i) state.out[m][d][i] = 0.0f;
     }
+}
 
-    const float unit = score_unit(p);
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __grid_constant__ ForwardParams p) {
+    extern __shared__ __align__(1024) uint4 shared_memory[];
+    __shared__ Work work;
+    const Shared shared(shared_address(shared_memory));
+    if (!find_work(p, work)) return;
+
+    load_queries(p, work.tile, shared.q);
     const auto load_pair = [&](int n, int stage) {
-        if (n >= begin) {
-            valid &= load_keys<false>(p, keys, n * TILE_N, shared.k + stage * KV_BYTES);
-            valid &= load_keys<true>(p, keys, n * TILE_N, shared.v + stage * KV_BYTES);
+        if (n >= work.begin) {
+            load_keys<false>(p, work.keys, n * TILE_N, shared.k + stage * KV_BYTES);
+            load_keys<true>(p, work.keys, n * TILE_N, shared.v + stage * KV_BYTES);
         }
         commit_copies();
     };
-
     if constexpr (STAGES == 1) {
-        if (end > begin) valid &= load_keys<false>(p, keys, (end - 1) * TILE_N, shared.k);
+        if (work.end > work.begin) load_keys<false>(p, work.keys, (work.end - 1) * TILE_N, shared.k);
         commit_copies();
     } else {
 #pragma unroll
-        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(end - 1 - ahead, ahead);
+        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(work.end - 1 - ahead, ahead);
     }
 
+    State state;
+    clear(state);
+    const float unit = score_unit(p);
     int stage = 0;
-    for (int n = end - 1; n >= begin; --n) {
+    for (int n = work.end - 1; n >= work.begin; --n) {
         float scores[M_TILES][N_TILES][4];
         wait_copies<STAGES == 1 ? 0 : STAGES - 2>();
         __syncthreads(); // tile n has arrived for all, and all are done with the buffers of tile n + 1
         if constexpr (STAGES == 1) {
-            load_keys<true>(p, keys, n * TILE_N, shared.v);
+            load_keys<true>(p, work.keys, n * TILE_N, shared.v);
             commit_copies();
         } else {
             load_pair(n - (STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
@@ -414,19 +402,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) forward_sm8
         if constexpr (STAGES == 1) {
             wait_copies<0>();
             __syncthreads(); // V has arrived, and all are done with K
-            if (n > begin) valid &= load_keys<false>(p, keys, (n - 1) * TILE_N, shared.k);
+            if (n > work.begin) load_keys<false>(p, work.keys, (n - 1) * TILE_N, shared.k);
             commit_copies();
         }
-        shape_scores(p, tile, keys.length, n * TILE_N, n >= whole_end || n < whole_begin, scores);
+        const bool masked = n >= work.whole_end || n < work.whole_begin;
+        shape_scores(p, work.tile, work.keys.length, n * TILE_N, masked, scores);
         online_softmax(state, scores, unit);
         multiply_values(state, scores, shared.v + stage * KV_BYTES);
         if constexpr (STAGES > 1) stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
     wait_copies<0>();
-    const bool poison = __syncthreads_or(!valid);
-    const Tile finished = stashed_tile;
-    finish_rows(p, finished, state, unit, poison, shared.q);
+    __syncthreads(); // whoever met a bad block id has said so
+    finish_rows(p, work.tile, state, unit, work.keys.bad, shared.q);
     __syncwarp();
-    store_rows(p, finished, shared.q);
+    store_rows(p, work.tile, shared.q);
 }

@@ -22,16 +22,20 @@ __device__ __forceinline__ KeyRange visible_keys(const ForwardParams& p, int tok
     return range;
 }
 
-// tanh without cancellation that matters here: absolute error about 1e-7, infinite inputs give +-1.
-__device__ __forceinline__ float tanh_exp2(float x) {
+// tanh for 16-bit results in two special-function instructions: absolute error about 1e-7, +-1 at infinity.
+__device__ __forceinline__ float tanh_score(float x) {
+#if DTYPE == DTYPE_FLOAT32
+    return tanhf(x);
+#else
     return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(x * (2.0f * LOG2_E)));
+#endif
 }
 
 // Everything between the dot product and the softmax, except masks. Afterwards the score counts in units of
 // `score_unit` (in powers of two).
 __device__ __forceinline__ float transform_score(const ForwardParams& p, float dot, float slope, int distance) {
 #if SOFTCAP
-    dot = tanh_exp2(dot * __fdividef(p.softmax_scale, p.softcap));
+    dot = tanh_score(dot * (p.softmax_scale / p.softcap));
 #elif SCALE_FIRST
     dot *= p.softmax_scale;
 #endif

@@ -3,6 +3,11 @@
 
 #include "common/types.cuh"
 
+// Values of CACHE_KIND.
+#define CACHE_DENSE 0
+#define CACHE_PACKED 1
+#define CACHE_PAGED 2
+
 // Steps in elements. `outer` is the sequence (dense) or the block (paged), 0 for a packed array.
 struct Strides {
     i64 outer, row, head;

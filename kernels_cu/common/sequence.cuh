@@ -9,10 +9,6 @@
 
 #include "common/params.cuh"
 
-#define CACHE_DENSE 0
-#define CACHE_PACKED 1
-#define CACHE_PAGED 2
-
 struct Tile {
     int sequence;  // -1: nothing to do; `batch`: the rows of a packed q behind its last sequence
     int head;      // query head, or kv head when GROUP > 1

@@ -1,0 +1,100 @@
+"""The bytes of `ForwardParams` (kernels_cu/common/params.cuh): the same fields in the same order."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from ..plan import Plan
+from ..problem import Append, Problem
+from .operands import AppendOperands, Operands
+
+_POINTERS = struct.Struct("<13Q")
+_SCALARS = struct.Struct("<13q14i2f")
+
+
+def scalars(problem: Problem, plan: Plan) -> bytes:
+    """Everything in the argument that does not change from call to call."""
+    cache = problem.cache
+    return _SCALARS.pack(
+        *problem.q_strides,
+        *cache.k_strides,
+        *cache.v_strides,
+        *problem.o_strides,
+        problem.num_heads if problem.alibi == "batch_heads" else 0,
+        problem.batch,
+        problem.num_heads,
+        problem.num_kv_heads,
+        problem.total_q,
+        problem.seqlen_q,
+        problem.seqlen_new,
+        cache.entries,
+        cache.rows,
+        cache.max_blocks,
+        cache.table_stride,
+        *plan.window,
+        plan.tiles_per_sequence,
+        plan.pairs_per_section,
+        problem.softmax_scale,
+        problem.softcap,
+    )
+
+
+def pack(operands: Operands, tail: bytes) -> np.void:
+    """The kernel argument: this call's addresses before the prepared scalars."""
+    o = operands
+    head = _POINTERS.pack(
+        o.q.pointer,
+        o.k.pointer,
+        o.v.pointer,
+        o.out.pointer,
+        o.lse.pointer if o.lse is not None else 0,
+        o.cu_seqlens_q.pointer if o.cu_seqlens_q is not None else 0,
+        o.cu_seqlens_k.pointer if o.cu_seqlens_k is not None else 0,
+        o.seqused_k.pointer if o.seqused_k is not None else 0,
+        o.block_table.pointer if o.block_table is not None else 0,
+        o.cache_batch_idx.pointer if o.cache_batch_idx is not None else 0,
+        o.cache_leftpad.pointer if o.cache_leftpad is not None else 0,
+        o.alibi_slopes.pointer if o.alibi_slopes is not None else 0,
+        o.sinks.pointer if o.sinks is not None else 0,
+    )
+    return np.void(head + tail)
+
+
+_APPEND_POINTERS = struct.Struct("<8Q")
+_APPEND_SCALARS = struct.Struct("<12q7i4x")
+
+
+def append_scalars(append: Append) -> bytes:
+    """The same for `AppendParams` (kernels_cu/common/append_params.cuh)."""
+    cache = append.cache
+    return _APPEND_SCALARS.pack(
+        *append.k_strides,
+        *append.v_strides,
+        *cache.k_strides,
+        *cache.v_strides,
+        append.batch,
+        append.total_new,
+        append.seqlen_new,
+        append.num_kv_heads,
+        cache.entries,
+        cache.rows,
+        cache.table_stride,
+    )
+
+
+def pack_append(operands: AppendOperands, tail: bytes) -> np.void:
+    """The kernel argument of an append."""
+    o = operands
+    head = _APPEND_POINTERS.pack(
+        o.k.pointer,
+        o.v.pointer,
+        o.k_cache.pointer,
+        o.v_cache.pointer,
+        o.cu_seqlens_new.pointer if o.cu_seqlens_new is not None else 0,
+        o.cache_seqlens.pointer if o.cache_seqlens is not None else 0,
+        o.block_table.pointer if o.block_table is not None else 0,
+        o.cache_batch_idx.pointer if o.cache_batch_idx is not None else 0,
+    )
+    return np.void(head + tail)

@@ -1,0 +1,637 @@
+"""One attention call, described once: shapes, strides and masks, validated before anything runs.
+
+A `Problem` knows nothing of GPUs and holds no pointer, so that the NumPy backend and the CUDA kernels take
+the same one and equal calls share one plan. `describe` builds it from the caller's views; `describe_append`
+does the same for writing new keys and values into a cache. Both raise before any launch, with the argument's
+name, what came and what was expected. What needs the *contents* of an index array is in `check_indices`.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import View, device_name, refuse
+
+MAX_HEAD_DIM = 256
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
+
+Strides = tuple[int, int, int]
+"""(outer, row, head) in elements: outer is the batch's, the block's, or 0 for a packed array."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Where keys and values lie: the geometry that attention and append share.
+
+    kind "dense": (batch, seqlen, kv_heads, head_dim); "packed": (total, kv_heads, head_dim); "paged":
+    (num_blocks, block_size, kv_heads, head_dim) for NHD, and the two middle axes swapped for HND, which is
+    only another pair of strides.
+    """
+
+    kind: str
+    entries: int  # dense: sequences held; paged: blocks held; packed: 1
+    rows: int  # rows one sequence can hold (dense: seqlen; paged: max_blocks * block_size; packed: total)
+    block_size: int  # paged only, else 0
+    max_blocks: int  # paged only, else 0: columns of the block table
+    table_stride: int  # paged only, else 0: elements from one row of the block table to the next
+    k_strides: Strides
+    v_strides: Strides
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A validated, frozen description of one attention call. Lengths count tokens, strides count elements."""
+
+    dtype: str
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    packed_q: bool  # q is (total_q, heads, head_dim) with cu_seqlens_q, else (batch, seqlen_q, heads, head_dim)
+    total_q: int  # rows of q over the whole batch
+    seqlen_q: int  # dense: exact. packed: the longest sequence if the caller said so, else total_q
+    seqlen_k: int  # the most keys that one sequence can see, new ones included
+    seqlen_new: int  # keys appended by this call: they extend every used length
+    cache: Cache
+    q_strides: Strides
+    o_strides: Strides
+    window: tuple[int, int]  # (left, right) after causal was folded in; -1 is unbounded
+    softmax_scale: float
+    softcap: float  # 0.0: none
+    alibi: str  # "", "heads" or "batch_heads"
+    sinks: bool
+    lse: bool
+    cu_seqlens_k: bool
+    seqused_k: bool
+    cache_batch_idx: bool
+    leftpad: bool
+    alignment: int  # bytes (16, 8, 4 or 2) that divide every address of a q, k or v row
+    out_alignment: int  # the same for the output
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def masked(self) -> bool:
+        """Whether causal or window masks can hide any key."""
+        return self.window != (-1, -1)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """A validated, frozen description of writing new keys and values into a cache, in place."""
+
+    dtype: str
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    packed_new: bool  # new rows are (total, kv_heads, head_dim) with cu_seqlens_new, else (batch, seqlen_new, …)
+    total_new: int
+    seqlen_new: int  # dense: exact. packed: total_new
+    cache: Cache
+    k_strides: Strides  # of the new rows
+    v_strides: Strides
+    cache_batch_idx: bool
+    alignment: int
+
+
+def describe(
+    q: View,
+    k: View,
+    v: View,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: View | None = None,
+    sinks: View | None = None,
+    out: View | None = None,
+    return_lse: bool = False,
+    cu_seqlens_q: View | None = None,
+    cu_seqlens_k: View | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: View | None = None,
+    block_table: View | None = None,
+    cache_batch_idx: View | None = None,
+    cache_leftpad: View | None = None,
+    seqlen_new: int = 0,
+    layout: str = "NHD",
+    out_dtype: str | None = None,
+    k_name: str = "k",
+    v_name: str = "v",
+    lengths_name: str = "seqused_k",
+) -> Problem:
+    """The `Problem` of one call. Raises ValueError or TypeError naming the argument at fault.
+
+    q is 4-D (batch, seqlen_q, heads, head_dim), or 3-D (total_q, heads, head_dim) with cu_seqlens_q.
+    k and v are 4-D dense, 3-D packed with cu_seqlens_k, or 4-D paged with block_table.
+    out_dtype is what `out` must have, q's if None. The `_name`s are what the caller's signature calls the roles.
+    """
+    packed_q = cu_seqlens_q is not None
+    if packed_q:
+        _rank("q", q, 3, "(total_q, heads, head_dim)")
+    else:
+        _rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+    _float_dtype("q", q)
+    _last_contiguous("q", q)
+    head_dim, num_heads = q.shape[-1], q.shape[-2]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        refuse("q", f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
+    if num_heads == 0:
+        refuse("q", f"shape {q.shape} with no heads", "at least one head")
+
+    if packed_q:
+        _index_array("cu_seqlens_q", cu_seqlens_q, q, ndim=1)
+        if cu_seqlens_q.shape[0] < 1:
+            refuse("cu_seqlens_q", "an empty array", "batch + 1 entries, the first of them 0")
+        batch = cu_seqlens_q.shape[0] - 1
+        total_q = q.shape[0]
+        seqlen_q = total_q if max_seqlen_q is None else min(_length("max_seqlen_q", max_seqlen_q), total_q)
+    else:
+        batch, seqlen_q = q.shape[:2]
+        total_q = batch * seqlen_q
+
+    if packed_q and cu_seqlens_k is None and block_table is None and len(k.shape) == 3:
+        refuse("cu_seqlens_k", None, f"an int32 array of {batch + 1} entries for packed keys")
+    cache = _cache_geometry(k, v, q, batch, cu_seqlens_k, block_table, cache_batch_idx, layout, k_name, v_name)
+    num_kv_heads = k.shape[1] if cache.kind == "packed" else k.shape[_heads_axis(cache, layout)]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        refuse(k_name, f"{num_kv_heads} heads where q has {num_heads}", "a number of kv heads that divides q's heads")
+    if cu_seqlens_k is not None:
+        _index_array("cu_seqlens_k", cu_seqlens_k, q, shape=(batch + 1,))
+    if cache.kind == "paged" and cu_seqlens_k is None and seqused_k is None and packed_q:
+        refuse("cu_seqlens_k", None, "it or seqused_k: a paged cache alone does not say how long a sequence is")
+    for name, view in (
+        (lengths_name, seqused_k),
+        ("cache_batch_idx", cache_batch_idx),
+        ("cache_leftpad", cache_leftpad),
+    ):
+        if view is not None:
+            _index_array(name, view, q, shape=(batch,))
+
+    seqlen_k = cache.rows
+    if max_seqlen_k is not None:
+        seqlen_k = min(_length("max_seqlen_k", max_seqlen_k), seqlen_k)
+    if out is not None:
+        _output("out", out, q, out_dtype or q.dtype)
+    return Problem(
+        dtype=q.dtype,
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        packed_q=packed_q,
+        total_q=total_q,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        seqlen_new=seqlen_new,
+        cache=cache,
+        q_strides=_strides(q, packed_q),
+        o_strides=_strides(out, packed_q) if out is not None else _contiguous_strides(q.shape, packed_q),
+        window=_window(window, _flag("causal", causal)),
+        softmax_scale=_scale(softmax_scale, head_dim),
+        softcap=_softcap(softcap),
+        alibi=_alibi(alibi_slopes, q, batch, num_heads),
+        sinks=_sinks(sinks, q, num_heads),
+        lse=_flag("return_lse", return_lse),
+        cu_seqlens_k=cu_seqlens_k is not None,
+        seqused_k=seqused_k is not None,
+        cache_batch_idx=cache_batch_idx is not None,
+        leftpad=cache_leftpad is not None,
+        alignment=_alignment(q, k, v),
+        out_alignment=_alignment(out) if out is not None else _contiguous_alignment(head_dim, q.dtype),
+    )
+
+
+def describe_append(
+    k_cache: View,
+    v_cache: View,
+    k: View,
+    v: View,
+    *,
+    cu_seqlens_new: View | None = None,
+    cache_seqlens: View | None = None,
+    block_table: View | None = None,
+    cache_batch_idx: View | None = None,
+    layout: str = "NHD",
+) -> Append:
+    """The `Append` of one write into a cache. Raises ValueError or TypeError naming the argument at fault."""
+    packed = cu_seqlens_new is not None
+    form = "(total_new, kv_heads, head_dim)" if packed else "(batch, seqlen_new, kv_heads, head_dim)"
+    for name, view in (("k", k), ("v", v)):
+        _rank(name, view, 3 if packed else 4, form)
+        _float_dtype(name, view)
+        _last_contiguous(name, view)
+    if v.shape != k.shape:
+        refuse("v", f"shape {v.shape}", f"k's shape {k.shape}")
+    same_kind("v", v, k)
+    if k.shape[-2] == 0:
+        refuse("k", f"shape {k.shape} with no heads", "at least one head")
+    if packed:
+        _index_array("cu_seqlens_new", cu_seqlens_new, k, ndim=1)
+        if cu_seqlens_new.shape[0] < 1:
+            refuse("cu_seqlens_new", "an empty array", "batch + 1 entries, the first of them 0")
+        batch, total = cu_seqlens_new.shape[0] - 1, k.shape[0]
+        seqlen_new = total
+    else:
+        batch, seqlen_new = k.shape[:2]
+        total = batch * seqlen_new
+    names = ("k_cache", "v_cache")
+    cache = _cache_geometry(k_cache, v_cache, k, batch, None, block_table, cache_batch_idx, layout, *names, "k")
+    heads_axis = _heads_axis(cache, layout)
+    if k_cache.shape[heads_axis] != k.shape[-2]:
+        refuse("k", f"{k.shape[-2]} heads", f"the cache's {k_cache.shape[heads_axis]} heads")
+    if not 1 <= k.shape[-1] <= MAX_HEAD_DIM:
+        refuse("k", f"head_dim {k.shape[-1]}", f"1 to {MAX_HEAD_DIM}")
+    if not packed and batch and seqlen_new > cache.rows:
+        refuse("k", f"{seqlen_new} new rows for a sequence", f"at most the {cache.rows} that the cache holds for one")
+    for name, view in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _writable(name, view)
+    for name, view in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx)):
+        if view is not None:
+            _index_array(name, view, k, shape=(batch,))
+    return Append(
+        dtype=k.dtype,
+        batch=batch,
+        num_kv_heads=k.shape[-2],
+        head_dim=k.shape[-1],
+        packed_new=packed,
+        total_new=total,
+        seqlen_new=seqlen_new,
+        cache=cache,
+        k_strides=_strides(k, packed),
+        v_strides=_strides(v, packed),
+        cache_batch_idx=cache_batch_idx is not None,
+        alignment=_alignment(k, v, k_cache, v_cache),
+    )
+
+
+def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -> None:
+    """Check the contents of the index arrays (host copies) against a problem; raises ValueError.
+
+    Keys: cu_seqlens_q, cu_seqlens_k, cu_seqlens_new, seqused_k or cache_seqlens (complaints use the name that
+    came), block_table, cache_batch_idx, cache_leftpad; absent ones are skipped. On a device this costs a
+    synchronisation, so callers ask for it.
+    """
+    arrays = {name: values.astype(np.int64) for name, values in arrays.items()}  # differences of int32 can overflow
+    cache = problem.cache
+    batch = problem.batch
+    appending = isinstance(problem, Append)
+    if not appending and problem.packed_q:
+        _check_cumulative("cu_seqlens_q", arrays["cu_seqlens_q"], problem.total_q, "q's rows")
+        longest = int(np.diff(arrays["cu_seqlens_q"]).max(initial=0))
+        if longest > problem.seqlen_q:
+            refuse("max_seqlen_q", problem.seqlen_q, f"at least the longest sequence, {longest}")
+    if appending and problem.packed_new:
+        _check_cumulative("cu_seqlens_new", arrays["cu_seqlens_new"], problem.total_new, "k's rows")
+        new = np.diff(arrays["cu_seqlens_new"])
+    else:
+        new = np.full(batch, problem.seqlen_new, dtype=np.int64)
+
+    capacity = np.full(batch, cache.rows, dtype=np.int64)
+    lengths = capacity.copy()
+    if "cu_seqlens_k" in arrays:
+        limit = cache.rows if cache.kind == "packed" else np.iinfo(np.int32).max
+        _check_cumulative("cu_seqlens_k", arrays["cu_seqlens_k"], limit, "k's rows")
+        lengths = np.diff(arrays["cu_seqlens_k"])
+        capacity = lengths if cache.kind == "packed" else capacity
+    length_name = "cu_seqlens_k"
+    for name in ("seqused_k", "cache_seqlens"):
+        if name in arrays:
+            length_name, lengths = name, arrays[name]
+    if appending and length_name == "cu_seqlens_k":  # no lengths came: new rows start at 0
+        lengths = np.zeros(batch, dtype=np.int64)
+    if appending or problem.seqused_k:
+        lengths = lengths + new
+    if (bad := _first(lengths - new < 0)) is not None:
+        refuse(length_name, f"{int(lengths[bad] - new[bad])} for sequence {bad}", "a length of at least 0")
+    if (bad := _first(lengths > capacity)) is not None:
+        came = f"{int(lengths[bad] - new[bad])} tokens for sequence {bad}"
+        came += f" plus {int(new[bad])} new" if new[bad] else ""
+        refuse(length_name, came, f"at most the {int(capacity[bad])} that its rows hold")
+    if not appending and (bad := _first(lengths > problem.seqlen_k)) is not None:
+        refuse("max_seqlen_k", problem.seqlen_k, f"at least the longest sequence, {int(lengths[bad])}")
+    if "cache_leftpad" in arrays:
+        pad = arrays["cache_leftpad"]
+        if (bad := _first((pad < 0) | (pad > lengths))) is not None:
+            refuse("cache_leftpad", f"{int(pad[bad])} for sequence {bad}", f"0 to its length {int(lengths[bad])}")
+    if "cache_batch_idx" in arrays:
+        index = arrays["cache_batch_idx"]
+        if (bad := _first((index < 0) | (index >= cache.entries))) is not None:
+            refuse("cache_batch_idx", f"{int(index[bad])} for sequence {bad}", f"0 to {cache.entries - 1}")
+        written = index[new > 0]
+        if appending and len(np.unique(written)) != len(written):
+            refuse("cache_batch_idx", "the same cache entry twice", "distinct entries: each is written by one sequence")
+    if "block_table" in arrays:
+        first = lengths - new if appending else np.zeros_like(lengths)  # an append touches only the rows it writes
+        _check_table(arrays["block_table"], cache, first, lengths)
+        if appending:
+            _check_distinct_rows(arrays["block_table"], cache, lengths - new, new)
+
+
+def _cache_geometry(
+    k: View,
+    v: View,
+    like: View,
+    batch: int,
+    cu_seqlens_k: View | None,
+    block_table: View | None,
+    cache_batch_idx: View | None,
+    layout: str,
+    k_name: str,
+    v_name: str,
+    like_name: str = "q",
+) -> Cache:
+    if layout not in ("NHD", "HND"):
+        refuse("layout", repr(layout), "'NHD' or 'HND'")
+    packed = cu_seqlens_k is not None and block_table is None
+    if block_table is not None and layout == "NHD":
+        form = "(num_blocks, block_size, kv_heads, head_dim)"
+    elif block_table is not None:
+        form = "(num_blocks, kv_heads, block_size, head_dim)"
+    elif packed:
+        form = "(total_k, kv_heads, head_dim)"
+    else:
+        form = "(batch, seqlen_k, kv_heads, head_dim)"
+        if layout == "HND":
+            refuse("layout", "'HND' without block_table", "'NHD': for a dense cache pass a transposed view instead")
+    for name, view in ((k_name, k), (v_name, v)):
+        _rank(name, view, 3 if packed else 4, form)
+        same_kind(name, view, like)
+        if view.shape[-1] != like.shape[-1]:
+            refuse(name, f"head_dim {view.shape[-1]}", f"{like.shape[-1]}, as in the other arrays")
+        _last_contiguous(name, view)
+    if v.shape != k.shape:
+        refuse(v_name, f"shape {v.shape}", f"{k_name}'s shape {k.shape}")
+    if packed:
+        return Cache("packed", 1, k.shape[0], 0, 0, 0, _strides(k, True), _strides(v, True))
+    if block_table is None:
+        if cache_batch_idx is None and k.shape[0] != batch:
+            refuse(k_name, f"batch {k.shape[0]}", f"{like_name}'s batch {batch}")
+        return Cache("dense", k.shape[0], k.shape[1], 0, 0, 0, _strides(k, False), _strides(v, False))
+    if cache_batch_idx is not None:
+        refuse("cache_batch_idx", "given together with block_table", "one of the two")
+    _index_array("block_table", block_table, like, ndim=2, rows_contiguous=True)
+    if block_table.shape[0] != batch:
+        refuse("block_table", f"{block_table.shape[0]} rows", f"one for each of the {batch} sequences")
+    block_size = k.shape[1 if layout == "NHD" else 2]
+    if block_size < 1:
+        refuse(k_name, f"block_size {block_size}", "at least 1")
+    swap = layout == "HND"
+    max_blocks = block_table.shape[1]
+    return Cache(
+        "paged",
+        k.shape[0],
+        max_blocks * block_size,
+        block_size,
+        max_blocks,
+        block_table.strides[0],
+        _strides(k, False, swap),
+        _strides(v, False, swap),
+    )
+
+
+def _heads_axis(cache: Cache, layout: str) -> int:
+    return 1 if layout == "HND" and cache.kind == "paged" else 2
+
+
+def _rank(name: str, view: View, ndim: int, form: str) -> None:
+    if len(view.shape) != ndim:
+        refuse(name, f"{len(view.shape)}-D shape {view.shape}", f"{ndim}-D {form}")
+
+
+def _float_dtype(name: str, view: View) -> None:
+    if view.dtype not in FLOAT_DTYPES:
+        refuse(name, view.dtype, " or ".join(FLOAT_DTYPES), TypeError)
+
+
+def same_kind(name: str, view: View, like: View) -> None:
+    """Refuse an array whose dtype or device is not that of `like`."""
+    if view.dtype != like.dtype:
+        refuse(name, view.dtype, f"the other arrays' dtype {like.dtype}", TypeError)
+    _same_device(name, view, like)
+
+
+def _same_device(name: str, view: View, like: View) -> None:
+    if view.device != like.device:
+        came = f"an array on {device_name(view.device)}"
+        refuse(name, came, f"the other arrays' device {device_name(like.device)}")
+
+
+def _last_contiguous(name: str, view: View) -> None:
+    if not _contiguous_last(view):
+        came = f"stride {view.strides[-1]} in the last dimension"
+        refuse(name, came, "1: head_dim must be contiguous (other strides are free)")
+
+
+def _contiguous_last(view: View) -> bool:
+    """Whether the last dimension's elements follow one another. An empty array's strides mean nothing."""
+    return view.shape[-1] <= 1 or view.strides[-1] == 1 or 0 in view.shape
+
+
+def _index_array(
+    name: str,
+    view: View,
+    like: View,
+    *,
+    ndim: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    rows_contiguous: bool = False,
+) -> None:
+    if view.dtype != "int32":
+        refuse(name, view.dtype, "int32", TypeError)
+    if shape is not None and view.shape != shape:
+        refuse(name, f"shape {view.shape}", f"{shape}")
+    if ndim is not None and len(view.shape) != ndim:
+        refuse(name, f"{len(view.shape)}-D shape {view.shape}", f"{ndim}-D")
+    _same_device(name, view, like)
+    if not _contiguous_last(view):
+        where = " in the last dimension" if rows_contiguous else ""
+        refuse(name, f"stride {view.strides[-1]}{where}", "a contiguous array")
+
+
+def _writable(name: str, view: View) -> None:
+    if view.library == "jax":
+        refuse(
+            name,
+            "a JAX array, and JAX arrays are immutable",
+            "an array that can be written in place: a CuPy array on CUDA, a NumPy array on the CPU, "
+            "which JAX reads without a copy through jax.dlpack.from_dlpack",
+        )
+    if view.readonly:
+        refuse(name, f"a read-only {view.library} array", "a writable one: this call writes into it")
+    if 0 not in view.shape and any(size > 1 and step == 0 for size, step in zip(view.shape, view.strides, strict=True)):
+        refuse(name, f"a broadcast array (strides {view.strides})", "one whose elements are all distinct in memory")
+
+
+def _output(name: str, out: View, q: View, dtype: str) -> None:
+    if out.shape != q.shape:
+        refuse(name, f"shape {out.shape}", f"q's shape {q.shape}")
+    if out.dtype != dtype:
+        refuse(name, out.dtype, f"q's dtype {q.dtype}" if dtype == q.dtype else dtype, TypeError)
+    _same_device(name, out, q)
+    _last_contiguous(name, out)
+    _writable(name, out)
+
+
+def _length(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        refuse(name, repr(value), "an int", TypeError)
+    if value < 0:
+        refuse(name, value, "at least 0")
+    return int(value)
+
+
+def _window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    if window is None:
+        left = right = -1
+    else:
+        try:
+            left, right = (operator.index(side) for side in window)
+        except (TypeError, ValueError):
+            refuse("window", repr(window), "(left, right) as two ints, or None", TypeError)
+        if left < -1 or right < -1:
+            refuse("window", window, "sides of -1 (unbounded) or more")
+    return left, 0 if causal else right
+
+
+def _scale(value: float | None, head_dim: int) -> float:
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    return _finite("softmax_scale", value)
+
+
+def _softcap(value: float | None) -> float:
+    if value is None:
+        return 0.0
+    cap = _finite("softcap", value)
+    if cap < 0:
+        refuse("softcap", cap, "a positive number, or None or 0 for no cap")
+    return cap
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
+        refuse(name, repr(value), "True or False", TypeError)
+    return bool(value)
+
+
+def _finite(name: str, value: object) -> float:
+    # An array is refused even if it holds one number: reading it could wait for a device.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        refuse(name, repr(value), "a number", TypeError)
+    number = float(value)
+    if not math.isfinite(number):
+        refuse(name, number, "a finite number")
+    return number
+
+
+def _alibi(slopes: View | None, q: View, batch: int, num_heads: int) -> str:
+    if slopes is None:
+        return ""
+    _per_head("alibi_slopes", slopes, q)
+    if slopes.shape == (num_heads,):
+        return "heads"
+    if slopes.shape == (batch, num_heads):
+        return "batch_heads"
+    refuse("alibi_slopes", f"shape {slopes.shape}", f"({num_heads},) or ({batch}, {num_heads})")
+
+
+def _sinks(sinks: View | None, q: View, num_heads: int) -> bool:
+    if sinks is None:
+        return False
+    _per_head("sinks", sinks, q)
+    if sinks.shape != (num_heads,):
+        refuse("sinks", f"shape {sinks.shape}", f"({num_heads},)")
+    return True
+
+
+def _per_head(name: str, view: View, q: View) -> None:
+    if view.dtype != "float32":
+        refuse(name, view.dtype, "float32", TypeError)
+    _same_device(name, view, q)
+    stride = 1
+    for size, step in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size > 1 and step != stride and 0 not in view.shape:
+            refuse(name, f"strides {view.strides}", "a contiguous array")
+        stride *= size
+
+
+def _strides(view: View, packed: bool, swap: bool = False) -> Strides:
+    """(outer, row, head) strides; those of axes with one entry are 0, since nothing ever steps along them."""
+    steps = tuple(step if size > 1 else 0 for size, step in zip(view.shape, view.strides, strict=True))
+    if packed:
+        return (0, steps[0], steps[1])
+    return (steps[0], steps[2], steps[1]) if swap else (steps[0], steps[1], steps[2])
+
+
+def _contiguous_strides(shape: tuple[int, ...], packed: bool) -> Strides:
+    row = shape[-1] * shape[-2]
+    return (0, row, shape[-1]) if packed else (row * shape[1], row, shape[-1])
+
+
+def _contiguous_alignment(head_dim: int, dtype: str) -> int:
+    return math.gcd(head_dim * ITEMSIZE[dtype], 16)
+
+
+def _alignment(*views: View) -> int:
+    """The largest of 16, 8, 4, 2 bytes that divides every row's address."""
+    common = 16
+    for view in views:
+        common = math.gcd(common, view.pointer)
+        for size, step in zip(view.shape[:-1], view.strides[:-1], strict=True):
+            if size > 1:
+                common = math.gcd(common, step * ITEMSIZE[view.dtype])
+    return common
+
+
+def _check_cumulative(name: str, values: np.ndarray, total: int, what: str) -> None:
+    if values[0] != 0:
+        refuse(name, f"{int(values[0])} as its first entry", "0")
+    if (bad := _first(np.diff(values) < 0)) is not None:
+        came = f"{int(values[bad])} followed by {int(values[bad + 1])} at [{bad + 1}]"
+        refuse(name, came, "entries that never decrease")
+    if values[-1] > total:
+        refuse(name, f"{int(values[-1])} as its last entry", f"at most {total}, {what}")
+
+
+def _check_table(table: np.ndarray, cache: Cache, first: np.ndarray, end: np.ndarray) -> None:
+    """Every block that holds any of the rows first..end-1 of its sequence must exist."""
+    column = np.arange(cache.max_blocks)[None, :]
+    needed = (column >= (first // cache.block_size)[:, None]) & (column < -(-end // cache.block_size)[:, None])
+    bad = np.argwhere(needed & ((table < 0) | (table >= cache.entries)))
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        came = f"block {int(table[row, column])} at [{row}, {column}], used by sequence {row} of length {int(end[row])}"
+        refuse("block_table", came, f"0 to {cache.entries - 1}" if cache.entries else "a cache that has blocks")
+
+
+def _check_distinct_rows(table: np.ndarray, cache: Cache, start: np.ndarray, new: np.ndarray) -> None:
+    """No row of a paged cache may be written twice: a block shared by two sequences is for reading."""
+    sequence = np.repeat(np.arange(len(new)), new)
+    position = np.arange(len(sequence)) - np.repeat(np.cumsum(new) - new, new) + start[sequence]
+    block = table[sequence, position // cache.block_size]
+    rows, owner = np.unique(block * cache.block_size + position % cache.block_size, return_index=True)
+    if len(rows) != len(sequence):
+        twice = int(np.setdiff1d(np.arange(len(sequence)), owner)[0])
+        came = f"block {int(block[twice])} at [{sequence[twice]}, {position[twice] // cache.block_size}], written twice"
+        refuse("block_table", came, "a block of its own wherever a sequence writes")
+
+
+def _first(mask: np.ndarray) -> int | None:
+    return int(np.argmax(mask)) if mask.any() else None

@@ -1,0 +1,36 @@
+// What is left of a row when its keys have been seen: the factor for its sums, and its log-sum-exp.
+#pragma once
+
+#include "common/params.cuh"
+#include "common/sequence.cuh"
+
+struct RowResult {
+    float scale; // for the accumulated output
+    float lse;   // natural
+};
+
+// `maximum` counts in powers of two and is -infinity, with sum 0, for a row that saw no key: its result is 0 and
+// -infinity. A sink is one more term of the sum without a value. `poison` marks rows whose indices did not fit.
+__device__ __forceinline__ RowResult finish_row(const ForwardParams& p, int head, float maximum, float sum, bool poison) {
+    RowResult result = {0.0f, -infinity()};
+    const bool sees_keys = !(maximum == -infinity() && sum == 0.0f);
+    if (sees_keys) {
+        const float sink = p.sinks != nullptr ? p.sinks[head] * LOG2_E : -infinity();
+        const float top = fmaxf(maximum, sink); // keeps the sum finite when the sink outweighs every key
+        const float shrink = exp2f(maximum - top);
+        sum = sum * shrink + (p.sinks != nullptr ? exp2f(sink - top) : 0.0f);
+        result.scale = shrink / sum;
+        result.lse = top * LN_2 + logf(sum);
+    }
+    if (poison) result.scale = result.lse = quiet_nan();
+    return result;
+}
+
+__device__ __forceinline__ float alibi_slope(const ForwardParams& p, const Tile& tile, const QueryRow& at) {
+#if ALIBI
+    const int sequence = min(tile.sequence, p.batch - 1);
+    return at.exists ? p.alibi_slopes[sequence * p.alibi_batch_stride + at.head] : 0.0f;
+#else
+    return 0.0f;
+#endif
+}
