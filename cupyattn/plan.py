@@ -50,7 +50,7 @@ DEVICES = {
     "120a": Device("120a", 170, 99 << 10, 100 << 10, 96 << 20, "RTX 5090"),
 }
 SHARED_RESERVED = 1 << 10  # the system's share of every block
-STATIC_SHARED = 128  # at least what a forward kernel takes beside its dynamic shared memory
+STATIC_SHARED = 1 << 10  # a forward kernel's own, which aligns the tiles behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,12 @@ SMALL_TILES = (
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
 )
 SIMT_TILE = Tile(64, 64, 8, 1)
-# Of the 255 registers of a thread: what accumulators may take, and what they may take beside a soft cap or ALiBi.
+# Of the 255 registers of a thread: what accumulators may take (192 spills on sm_100, and nowhere else). A soft cap
+# or ALiBi needs registers for each score.
 MAX_ACCUMULATORS = 192
+MAX_ACCUMULATORS_SM100 = 176
 MAX_ACCUMULATORS_SHAPED = 160
+MAX_KEYS_SHAPED = 64
 
 
 def plan(problem: Problem, device: Device, kernel: str = "auto") -> Plan:
@@ -259,8 +262,8 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
 
 
 def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows: int) -> tuple[Tile, int, str]:
-    accumulators = MAX_ACCUMULATORS_SHAPED if problem.softcap or problem.alibi else MAX_ACCUMULATORS
-    large, small = (_fitting(table, padded_dim, device, accumulators) for table in (LARGE_TILES, SMALL_TILES))
+    shaped = bool(problem.softcap or problem.alibi)
+    large, small = (_fitting(table, padded_dim, device, shaped) for table in (LARGE_TILES, SMALL_TILES))
     group = _packed_group(problem, large.rows, typical_rows)
     heads = problem.num_kv_heads if group > 1 else problem.num_heads
     rows = typical_rows * group
@@ -274,9 +277,14 @@ def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows
     return large, group, f"tiles of {large.rows} x {large.keys} are the largest for head_dim {problem.head_dim} without spills"
 
 
-def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, device: Device, accumulators: int) -> Tile:
-    listed = next(tiles for limit, tiles in table if padded_dim <= limit)
-    tiles = [tile for tile in listed if tile.accumulators(padded_dim) <= accumulators]
+def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, device: Device, shaped: bool) -> Tile:
+    """The best tile of a table whose registers and shared memory this device has."""
+    tiles = next(tiles for limit, tiles in table if padded_dim <= limit)
+    if shaped:
+        tiles = [t for t in tiles if t.keys <= MAX_KEYS_SHAPED and t.accumulators(padded_dim) <= MAX_ACCUMULATORS_SHAPED]
+    else:
+        most = MAX_ACCUMULATORS_SM100 if device.capability // 10 == 10 else MAX_ACCUMULATORS
+        tiles = [t for t in tiles if t.accumulators(padded_dim) <= most]
 
     def blocks(tile: Tile) -> int:
         need = tile.shared_bytes(padded_dim) + STATIC_SHARED

@@ -66,7 +66,7 @@ __device__ __forceinline__ float row_sum(float value) {
 
 __device__ __forceinline__ float4 read4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 
-extern "C" __global__ void __launch_bounds__(THREADS) forward_simt(const __grid_constant__ ForwardParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __grid_constant__ ForwardParams p) {
     __shared__ __align__(16) float queries[DEPTH][TILE_M + PAD];
     __shared__ __align__(16) float keys_slice[DEPTH][TILE_N + PAD];
     __shared__ __align__(16) float weights[TILE_M][TILE_N + PAD];

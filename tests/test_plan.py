@@ -1,0 +1,94 @@
+"""Plans for chips that need not be present."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cupyattn.plan import DEVICES, KERNELS, effective_window, plan, warmup_variants
+
+from problems import CAUSAL, FULL, make_problem
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("head_dim", range(1, 257, 5))
+def test_every_head_dim_has_a_tile_that_fits(arch, head_dim):
+    device = DEVICES[arch]
+    for shaped in ({}, {"softcap": 20.0}, {"alibi": "heads"}):
+        made = plan(make_problem(head_dim, **shaped), device)
+        assert made.kernel in KERNELS
+        assert made.shared_bytes <= device.shared_per_block
+
+
+def test_float32_never_takes_the_tensor_cores():
+    made = plan(make_problem(64, dtype="float32"), DEVICES["90a"])
+    assert made.kernel == "forward_simt"
+    with pytest.raises(ValueError, match="kernel: got 'forward_sm80', expected .*round float32"):
+        plan(make_problem(64, dtype="float32"), DEVICES["90a"], "forward_sm80")
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "kernel"),
+    [
+        ("70", "float16", "forward_simt"),
+        ("75", "float16", "forward_sm80"),
+        ("75", "bfloat16", "forward_simt"),
+        ("80", "bfloat16", "forward_sm80"),
+        ("120a", "float16", "forward_sm80"),
+    ],
+)
+def test_kernel_of_a_chip(arch, dtype, kernel):
+    assert plan(make_problem(128, dtype=dtype), DEVICES[arch]).kernel == kernel
+
+
+def test_unknown_kernel_and_ancient_chip_are_refused():
+    with pytest.raises(ValueError, match="kernel: got 'fast', expected 'auto'"):
+        plan(make_problem(64), DEVICES["90a"], "fast")
+    with pytest.raises(ValueError, match="device: got .*sm_61.* expected compute capability 7.0"):
+        plan(make_problem(64), dataclasses.replace(DEVICES["70"], arch="61"))
+
+
+def test_decode_packs_the_group_and_prefill_does_not():
+    decode = plan(make_problem(128, packed_q=False, seqlen_q=1, total_q=64), DEVICES["90a"])
+    assert decode.group == 4
+    assert decode.grid == 64 * 8
+    assert plan(make_problem(128), DEVICES["90a"]).group == 1
+
+
+def test_few_rows_take_small_tiles():
+    few = make_problem(128, batch=1, seqlen_q=512, total_q=512, num_heads=8, num_kv_heads=8)
+    assert plan(few, DEVICES["90a"]).tile_rows == 64
+    assert plan(make_problem(128), DEVICES["90a"]).tile_rows == 128
+
+
+def test_sides_of_the_window_that_hide_nothing_are_dropped():
+    assert effective_window(make_problem(64, window=(10_000, 5))) == (-1, 5)
+    assert effective_window(make_problem(64, window=(4, 4095))) == (4, -1)
+    assert effective_window(make_problem(64, seqlen_q=1, total_q=64, window=CAUSAL)) == FULL
+    assert effective_window(make_problem(64, window=CAUSAL)) == CAUSAL
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=40), st.sampled_from([(8, 8), (8, 2), (12, 1)]))
+def test_the_grid_of_packed_queries_covers_every_split_of_the_rows(lengths, heads):
+    """The grid is made from the total alone; the kernel needs a block for every tile of any lengths of that total."""
+    num_heads, num_kv_heads = heads
+    total = sum(lengths) + 17  # rows behind the last sequence count as one more
+    problem = make_problem(
+        64, "packed", batch=len(lengths), total_q=total, seqlen_q=total, num_heads=num_heads, num_kv_heads=num_kv_heads
+    )
+    made = plan(problem, DEVICES["90a"])
+    tiles = sum(-(-length * made.group // made.tile_rows) for length in [*lengths, 17])
+    assert made.grid >= tiles * (num_kv_heads if made.group > 1 else num_heads)
+
+
+def test_plans_are_equal_for_equal_problems():
+    assert plan(make_problem(96), DEVICES["80"]) == plan(make_problem(96), DEVICES["80"])
+
+
+def test_warmup_covers_prefill_decode_and_append():
+    variants = warmup_variants("90a", (128,), ("bfloat16",))
+    assert {name for name, _ in variants} == {"forward_sm80", "append_kv"}
+    assert len(variants) == len(set(variants))
+    assert any(dict(defines).get("GROUP") == 4 for _, defines in variants)
