@@ -22,7 +22,7 @@ class Ceiling:
     source: str
 
 
-# Matched against the device's name in this order; the last entry of a generation serves its other members.
+# By compute capability and, where two chips share one, by a part of the device's name.
 CEILINGS = (
     ("90", "H200", Ceiling(734e12, 67e12, 4.60e12, "measured on an H200; float32 from the data sheet")),
     ("90", "", Ceiling(989e12, 67e12, 3.35e12, "data sheet, H100 SXM")),
@@ -69,7 +69,7 @@ class Explanation:
             spills = f", {self.spill_bytes} bytes spilled" if self.spill_bytes else ", no spills"
             lines += [
                 f"  tile {self.tile}; {self.grid} blocks of {self.threads} threads",
-                f"  {self.registers} registers a thread{spills}; {self.shared_bytes / 1024:.1f} KiB shared memory a block; "
+                f"  {self.registers} registers a thread{spills}; {self.shared_bytes / 1024:.1f} KiB shared memory; "
                 f"{self.blocks_per_multiprocessor} blocks on a multiprocessor",
             ]
         lines.append(f"  work {_si(self.flops, 'FLOP')}, {_si(self.bytes, 'B')} at least through memory")
@@ -126,7 +126,9 @@ def explain(
         views["seqused_k"] = view(used, "cache_seqlens" if cache_seqlens is not None else "seqused_k")
 
     problem = describe(query, keys, values, seqlen_new=seqlen_new, **views, **arguments)
-    contents = {name: host_array(found) for name, found in views.items() if found.dtype == "int32" and found.array is not None}
+    contents = {
+        name: host_array(found) for name, found in views.items() if found.dtype == "int32" and found.array is not None
+    }
     if lengths is not None:
         contents["seqused_k"] = lengths
     check_indices(problem, contents)
@@ -152,7 +154,16 @@ def explain(
     return _explain_launch(problem, device, kernel, flops, moved)
 
 
-_ARRAYS = ("cu_seqlens_q", "cu_seqlens_k", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "sinks", "out")
+_ARRAYS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "block_table",
+    "cache_batch_idx",
+    "cache_leftpad",
+    "alibi_slopes",
+    "sinks",
+    "out",
+)
 
 
 def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, moved: int) -> Explanation:
@@ -161,7 +172,7 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
     made = plan(problem, device, kernel)
     meta = cache.fetch(made.kernel, made.defines, device.arch).meta
     shared = made.shared_bytes + meta["shared_bytes"]
-    ceiling = next(c for arch, name, c in CEILINGS if arch == str(device.capability) and name in device.name)
+    ceiling = _ceiling(device)
     rate = ceiling.float_flops if made.kernel == "forward_simt" else ceiling.matrix_flops
     compute, memory = flops / rate, moved / ceiling.bytes_per_second
     return Explanation(
@@ -183,6 +194,14 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
         ceiling=ceiling.source,
         defines=dict(made.defines),
     )
+
+
+def _ceiling(device: Device) -> Ceiling:
+    """That of the device itself, else of a relative: the same capability, or the same generation."""
+    known = [(arch, name, ceiling) for arch, name, ceiling in CEILINGS if int(arch) // 10 == device.capability // 10]
+    named = [ceiling for arch, name, ceiling in known if name and name in device.name]
+    same = [ceiling for arch, name, ceiling in known if int(arch) == device.capability and not name]
+    return (named + same + [ceiling for _, _, ceiling in known])[0]
 
 
 def _occupancy(device: Device, threads: int, registers: int, shared: int) -> int:
@@ -228,7 +247,9 @@ def _moved_bytes(problem: Problem, keys: int) -> int:
 
 def _shape(problem: Problem) -> str:
     q = f"{problem.total_q} packed queries" if problem.packed_q else f"{problem.seqlen_q} queries"
-    keys = {"dense": "dense", "packed": "packed", "paged": f"paged (blocks of {problem.cache.block_size})"}[problem.cache.kind]
+    keys = {"dense": "dense", "packed": "packed", "paged": f"paged (blocks of {problem.cache.block_size})"}[
+        problem.cache.kind
+    ]
     heads = f"{problem.num_heads} heads over {problem.num_kv_heads} kv heads"
     return f"batch {problem.batch}, {q}, {keys} keys, {heads}, head_dim {problem.head_dim}, {problem.dtype}"
 

@@ -143,7 +143,9 @@ def plan(problem: Problem, device: Device, kernel: str = "auto") -> Plan:
         # An upper bound that needs no lengths: full tiles, and one more for each sequence and for rows behind the last.
         tiles_per_sequence, pairs_per_section = 0, 1
         grid = (problem.total_q * group // tile.rows + problem.batch + 1) * heads
-        reasons.append("lengths stay on the device: the grid covers any split of the rows, and spare blocks leave at once")
+        reasons.append(
+            "lengths stay on the device: the grid covers any split of the rows, and spare blocks leave at once"
+        )
     else:
         tiles_per_sequence = _ceil_div(problem.seqlen_q * group, tile.rows)
         pairs_per_section = _pairs_per_section(problem, device, pairs, heads)
@@ -219,7 +221,9 @@ def plan_append(append: Append) -> tuple[Defines, int, int]:
     return defines, _ceil_div(pieces, threads), threads
 
 
-def warmup_variants(arch: str, head_dims: tuple[int, ...] = (64, 128), dtypes: tuple[str, ...] = ("float16", "bfloat16")) -> list[tuple[str, Defines]]:
+def warmup_variants(
+    arch: str, head_dims: tuple[int, ...] = (64, 128), dtypes: tuple[str, ...] = ("float16", "bfloat16")
+) -> list[tuple[str, Defines]]:
     """The variants that a first session usually meets, for compiling ahead: prefill of dense and packed batches,
     full and causal, and prefill and decode against a paged cache of 16-row blocks with 4 query heads to a kv head."""
     device = DEVICES[arch]
@@ -274,14 +278,20 @@ def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows
     if blocks < device.multiprocessors and small.rows < large.rows:
         reason = f"tiles of {large.rows} rows would make {blocks} blocks for {device.multiprocessors} multiprocessors"
         return small, _packed_group(problem, small.rows, typical_rows), reason
-    return large, group, f"tiles of {large.rows} x {large.keys} are the largest for head_dim {problem.head_dim} without spills"
+    return (
+        large,
+        group,
+        f"tiles of {large.rows} x {large.keys} are the largest for head_dim {problem.head_dim} without spills",
+    )
 
 
 def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, device: Device, shaped: bool) -> Tile:
     """The best tile of a table whose registers and shared memory this device has."""
     tiles = next(tiles for limit, tiles in table if padded_dim <= limit)
     if shaped:
-        tiles = [t for t in tiles if t.keys <= MAX_KEYS_SHAPED and t.accumulators(padded_dim) <= MAX_ACCUMULATORS_SHAPED]
+        tiles = [
+            t for t in tiles if t.keys <= MAX_KEYS_SHAPED and t.accumulators(padded_dim) <= MAX_ACCUMULATORS_SHAPED
+        ]
     else:
         most = MAX_ACCUMULATORS_SM100 if device.capability // 10 == 10 else MAX_ACCUMULATORS
         tiles = [t for t in tiles if t.accumulators(padded_dim) <= most]
@@ -290,7 +300,9 @@ def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, d
         need = tile.shared_bytes(padded_dim) + STATIC_SHARED
         return device.shared_per_multiprocessor // (need + SHARED_RESERVED) if need <= device.shared_per_block else 0
 
-    return next((tile for tile in tiles if blocks(tile) >= 2), None) or next(tile for tile in tiles if blocks(tile) >= 1)
+    return next((tile for tile in tiles if blocks(tile) >= 2), None) or next(
+        tile for tile in tiles if blocks(tile) >= 1
+    )
 
 
 def _packed_group(problem: Problem, tile_rows: int, typical_rows: int) -> int:

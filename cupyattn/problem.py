@@ -502,6 +502,8 @@ def _window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
         left = right = -1
     else:
         try:
+            if not isinstance(window, (tuple, list)):
+                raise TypeError
             left, right = (operator.index(side) for side in window)
         except (TypeError, ValueError):
             refuse("window", repr(window), "(left, right) as two ints, or None", TypeError)
@@ -614,6 +616,7 @@ def _check_table(table: np.ndarray, cache: Cache, first: np.ndarray, end: np.nda
     """Every block that holds any of the rows first..end-1 of its sequence must exist."""
     column = np.arange(cache.max_blocks)[None, :]
     needed = (column >= (first // cache.block_size)[:, None]) & (column < -(-end // cache.block_size)[:, None])
+    needed &= (end > first)[:, None]
     bad = np.argwhere(needed & ((table < 0) | (table >= cache.entries)))
     if len(bad):
         row, column = (int(i) for i in bad[0])

@@ -11,7 +11,9 @@ FULL, CAUSAL = (-1, -1), (-1, 0)
 def make_problem(head_dim: int, kind: str = "dense", **changes) -> Problem:
     """A problem of a serving engine's size: 64 sequences of 4096 tokens, 32 query heads over 8."""
     paged = kind == "paged"
-    cache = Cache(kind, 1024, 4096, 16 if paged else 0, 256 if paged else 0, 256 if paged else 0, NO_STRIDES, NO_STRIDES)
+    cache = Cache(
+        kind, 1024, 4096, 16 if paged else 0, 256 if paged else 0, 256 if paged else 0, NO_STRIDES, NO_STRIDES
+    )
     problem = Problem(
         dtype="float16",
         batch=64,

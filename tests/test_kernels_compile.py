@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+from problems import FULL, NO_STRIDES, make_problem
 
 from cupyattn.plan import DEVICES, STATIC_SHARED, plan, plan_append
 from cupyattn.problem import Append, Problem
-from problems import FULL, NO_STRIDES, make_problem
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
 from cupyattn.jit import compile  # noqa: E402

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import CAUSAL, FULL, make_problem
 
 from cupyattn.plan import DEVICES, KERNELS, effective_window, plan, warmup_variants
-
-from problems import CAUSAL, FULL, make_problem
 
 
 @pytest.mark.parametrize("arch", DEVICES)

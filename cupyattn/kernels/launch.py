@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .. import jit
 from ..plan import Device, Plan, plan, plan_append
 from ..problem import Append, Problem
@@ -89,7 +91,15 @@ def describe_device(device: int) -> Device:
     )
 
 
-def _launch(function: cupy.RawKernel, grid: tuple, block: tuple, argument, shared: int, stream: int, device: int) -> None:
+def _launch(
+    function: cupy.RawKernel,
+    grid: tuple[int],
+    block: tuple[int],
+    argument: np.void,
+    shared: int,
+    stream: int,
+    device: int,
+) -> None:
     import cupy
 
     if cupy.cuda.runtime.getDevice() != device:
