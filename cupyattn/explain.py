@@ -117,20 +117,22 @@ def explain(
         refuse("v" if new_v is None else "k", None, "k and v together")
     seqlen_new = view(new_k, "k").shape[1] if new_k is not None else 0
 
-    used = cache_seqlens if cache_seqlens is not None else seqused_k
+    used, used_name = (seqused_k, "seqused_k") if cache_seqlens is None else (cache_seqlens, "cache_seqlens")
     lengths: np.ndarray | None = None
     if isinstance(used, (int, np.integer)):
         lengths = np.full(query.shape[:1], used, np.int32)
         views["seqused_k"] = View(None, 0, lengths.shape, (1,), "int32", query.device, query.library, False)
     elif used is not None:
-        views["seqused_k"] = view(used, "cache_seqlens" if cache_seqlens is not None else "seqused_k")
+        views["seqused_k"] = view(used, used_name)
 
-    problem = describe(query, keys, values, seqlen_new=seqlen_new, **views, **arguments)
+    problem = describe(query, keys, values, seqlen_new=seqlen_new, lengths_name=used_name, **views, **arguments)
     contents = {
         name: host_array(found) for name, found in views.items() if found.dtype == "int32" and found.array is not None
     }
     if lengths is not None:
         contents["seqused_k"] = lengths
+    if "seqused_k" in contents:
+        contents[used_name] = contents.pop("seqused_k")
     check_indices(problem, contents)
     seqlens_q, seqlens_k = _lengths(problem, contents)
     pairs = sum(_visible_pairs(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
@@ -144,7 +146,7 @@ def explain(
         reason = "the arrays are on the CPU: NumPy in blocks, memory linear in the lengths"
         return Explanation(name, "cpu", (reason,), _shape(problem), flops, moved)
     if arch is None:
-        from .kernels import describe_device
+        from .kernels.launch import describe_device
 
         device = describe_device(query.device)
     elif arch in DEVICES:
@@ -219,8 +221,9 @@ def _lengths(problem: Problem, contents: dict[str, np.ndarray]) -> tuple[np.ndar
         seqlens_q = np.diff(contents["cu_seqlens_q"]).astype(np.int64)
     else:
         seqlens_q = np.full(problem.batch, problem.seqlen_q, np.int64)
-    if "seqused_k" in contents:
-        seqlens_k = contents["seqused_k"].astype(np.int64) + problem.seqlen_new
+    used = contents.get("seqused_k", contents.get("cache_seqlens"))
+    if used is not None:
+        seqlens_k = used.astype(np.int64) + problem.seqlen_new
     elif "cu_seqlens_k" in contents:
         seqlens_k = np.diff(contents["cu_seqlens_k"]).astype(np.int64)
     else:

@@ -193,10 +193,13 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
 
 
 def effective_window(problem: Problem) -> tuple[int, int]:
-    """The window with every side that cannot hide a key set to -1, so that the kernel need not look at it."""
+    """The window with every side that cannot hide a key set to -1, so that the kernel need not look at it.
+
+    Bounds come from the arrays' shapes, never from the caller's hints: a wrong hint may cost time, not correctness.
+    """
     left, right = problem.window
-    longest_q = 1 if problem.total_q == problem.batch and not problem.packed_q else problem.seqlen_q
-    if left >= problem.seqlen_k + longest_q:
+    longest_q = problem.total_q if problem.packed_q else problem.seqlen_q
+    if left >= problem.cache.rows + longest_q:
         left = UNBOUNDED
     if right >= longest_q - 1:
         right = UNBOUNDED  # query i sees keys up to i + seqlen_k - seqlen_q + right, which is past the last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 class Prepared:
     """One attention problem, planned, compiled and loaded for one device; call it with operands and a stream."""
 
-    __slots__ = ("problem", "plan", "kernel", "_function", "_grid", "_block", "_shared", "_tail", "_device")
+    __slots__ = ("problem", "plan", "kernel", "_function", "_grid", "_block", "_shared", "_tail")
 
-    def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> None:
+    def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel) -> None:
         self.problem = problem
         self.plan = plan
         self.kernel = kernel
@@ -31,33 +32,31 @@ class Prepared:
         self._block = (plan.threads,)
         self._shared = plan.shared_bytes
         self._tail = params.scalars(problem, plan)
-        self._device = device
 
     def __call__(self, operands: Operands, stream: int) -> None:
-        """Launch on `stream` (a cudaStream_t of this device). Returns at once."""
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack(operands, self._tail)
-            _launch(self._function, self._grid, self._block, argument, self._shared, stream, self._device)
+            _launch(self._function, self._grid, self._block, argument, self._shared, stream)
 
 
 class PreparedAppend:
     """One append, compiled and loaded for one device; call it with operands and a stream."""
 
-    __slots__ = ("append", "kernel", "_grid", "_block", "_tail", "_device")
+    __slots__ = ("append", "kernel", "_grid", "_block", "_tail")
 
-    def __init__(self, append: Append, kernel: jit.Kernel, grid: int, threads: int, device: int) -> None:
+    def __init__(self, append: Append, kernel: jit.Kernel, grid: int, threads: int) -> None:
         self.append = append
         self.kernel = kernel
         self._grid = (grid,)
         self._block = (threads,)
         self._tail = params.append_scalars(append)
-        self._device = device
 
     def __call__(self, operands: AppendOperands, stream: int) -> None:
-        """Launch on `stream` (a cudaStream_t of this device). Returns at once."""
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack_append(operands, self._tail)
-            _launch(self.kernel.function, self._grid, self._block, argument, 0, stream, self._device)
+            _launch(self.kernel.function, self._grid, self._block, argument, 0, stream)
 
 
 def prepare(problem: Problem, device: int, kernel: str = "auto") -> Prepared:
@@ -65,14 +64,14 @@ def prepare(problem: Problem, device: int, kernel: str = "auto") -> Prepared:
     described = describe_device(device)
     made = plan(problem, described, kernel)
     loaded = jit.load(made.kernel, made.defines, described.arch, made.kernel, device, made.shared_bytes)
-    return Prepared(problem, made, loaded, device)
+    return Prepared(problem, made, loaded)
 
 
 def prepare_append(append: Append, device: int) -> PreparedAppend:
     """Compile (or find) and load the append kernel for this problem."""
     defines, grid, threads = plan_append(append)
     loaded = jit.load("append_kv", defines, describe_device(device).arch, "append_kv", device, 0)
-    return PreparedAppend(append, loaded, grid, threads, device)
+    return PreparedAppend(append, loaded, grid, threads)
 
 
 @functools.cache
@@ -98,18 +97,21 @@ def _launch(
     argument: np.void,
     shared: int,
     stream: int,
-    device: int,
 ) -> None:
-    import cupy
-
-    if cupy.cuda.runtime.getDevice() != device:
-        with cupy.cuda.Device(device):
-            _launch(function, grid, block, argument, shared, stream, device)
-    elif cupy.cuda.get_current_stream().ptr == stream:
+    """Launch on the current device, whose stream `stream` must be."""
+    current_stream, current_device = _current()
+    if current_stream().ptr == stream:
         function(grid, block, (argument,), shared_mem=shared)
     else:
-        with _stream(stream, device):
+        with _stream(stream, current_device()):
             function(grid, block, (argument,), shared_mem=shared)
+
+
+@functools.cache
+def _current() -> tuple[Callable[[], cupy.cuda.Stream], Callable[[], int]]:
+    import cupy
+
+    return cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
 
 
 class _Foreign:
@@ -124,9 +126,9 @@ class _Foreign:
 
 @functools.lru_cache(maxsize=256)
 def _stream(pointer: int, device: int) -> cupy.cuda.Stream:
+    """CuPy's object for a stream of the current device, which is `device`."""
     import cupy
 
-    with cupy.cuda.Device(device):
-        if hasattr(cupy.cuda.Stream, "from_external"):
-            return cupy.cuda.Stream.from_external(_Foreign(pointer))
-        return cupy.cuda.ExternalStream(pointer, device)
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14.1
+        return cupy.cuda.Stream.from_external(_Foreign(pointer))
+    return cupy.cuda.ExternalStream(pointer)

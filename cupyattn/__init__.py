@@ -1,0 +1,39 @@
+"""Attention kernels for every array library that speaks DLPack.
+
+>>> import numpy as np
+>>> import cupyattn
+>>> q = k = v = np.ones((1, 16, 4, 64), np.float32)  # (batch, seqlen, heads, head_dim); CuPy, torch and JAX alike
+>>> cupyattn.attention(q, k, v, causal=True).shape
+(1, 16, 4, 64)
+"""
+
+from __future__ import annotations
+
+from .attention import append_kv, attention, attention_varlen, attention_with_kvcache
+from .explain import Explanation, explain
+from .ragged import RaggedArray
+
+__all__ = [
+    "Explanation",
+    "RaggedArray",
+    "append_kv",
+    "attention",
+    "attention_varlen",
+    "attention_with_kvcache",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version  # as slow to import as half of this package
+
+    try:
+        return version("cupyattn")
+    except PackageNotFoundError:  # a source checkout that was never installed
+        return "0+unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "__version__"])

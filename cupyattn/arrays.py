@@ -1,0 +1,457 @@
+"""The border: arrays of any library come in as a `View`, results leave as arrays of the caller's library.
+
+A `View` is an address with a shape, strides, a dtype and a device: all that a kernel wants to know. CuPy and
+PyTorch arrays are read through their attributes, which is several times faster than DLPack; JAX arrays and
+objects of unknown libraries come through DLPack, and those that have nothing else through
+`__cuda_array_interface__`. No library is imported before an array of it arrives, no array is copied, and
+nothing waits for the device except `host_array` on a CUDA array.
+
+Streams: work on CuPy arrays and on those that come through DLPack runs on CuPy's current stream, work on
+PyTorch tensors on PyTorch's. DLPack and `__cuda_array_interface__` version 3 order the producer's pending work
+before ours on the device, without blocking the host.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+ACCEPTED = "an array of NumPy, CuPy, PyTorch or JAX, or any object with __dlpack__ or __cuda_array_interface__"
+
+# Device types of the DLPack specification.
+_DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
+
+_NUMPY_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(slots=True)
+class View:
+    """An array of any library, seen as memory. `strides` count elements; `dtype` is NumPy's name for it."""
+
+    array: Any  # the caller's own object
+    pointer: int  # address of the first element; may be 0 for an empty array
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: int  # -1: CPU, n: cuda:n
+    library: str  # "numpy", "cupy", "torch", "jax" or "dlpack" (any other)
+    readonly: bool
+    base: Any = None  # the NumPy or CuPy array over the same memory, where the border had to make one
+
+
+def refuse(argument: str, got: object, expected: str, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the library's one form of complaint: argument, what came, what was expected."""
+    raise kind(f"{argument}: got {got}, expected {expected}")
+
+
+def device_name(device: int) -> str:
+    """The name of a `View.device`: "cpu" or "cuda:0"."""
+    return "cpu" if device < 0 else f"cuda:{device}"
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy dtype of a `View.dtype`; ml_dtypes provides bfloat16."""
+    return _NUMPY_DTYPES.get(name) or np.dtype(name)
+
+
+# ---------------------------------------------------------------------------------------------- arrays in
+
+
+def view(x: Any, name: str = "array") -> View:
+    """The `View` of any array, without a copy. `name` is the argument's name, for complaints.
+
+    Raises TypeError for an object that is no array, or whose memory cannot be addressed (sparse, traced,
+    sharded, masked, on some other kind of device), and for a PyTorch tensor that records gradients.
+    """
+    reader = _readers.get(type(x))
+    if reader is None:
+        reader = _find_reader(x, name)
+    return reader(x, name)
+
+
+_readers: dict[type, Callable[[Any, str], View]] = {}
+
+
+def _find_reader(x: Any, name: str) -> Callable[[Any, str], View]:
+    """The reader for objects like x, remembered by type. Libraries are looked up, never imported."""
+    kind = type(x)
+    torch, cupy, jax = (sys.modules.get(module) for module in ("torch", "cupy", "jax"))
+    if isinstance(x, np.ma.MaskedArray):
+        refuse(name, "a masked array, whose mask would be ignored", "a plain array", TypeError)
+    if isinstance(x, np.ndarray):
+        reader = _view_numpy
+    elif cupy and isinstance(x, cupy.ndarray):
+        reader = _view_cupy
+    elif torch and isinstance(x, torch.Tensor):
+        if getattr(torch.version, "hip", None):
+            refuse(name, "a tensor of PyTorch for ROCm", "PyTorch for CUDA or for the CPU", TypeError)
+        reader = _view_torch
+    elif jax and isinstance(x, jax.Array):
+        reader = _view_jax
+    elif isinstance(x, type):
+        refuse(name, f"the class {x.__name__}", ACCEPTED, TypeError)
+    elif hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        reader = _view_dlpack
+    elif hasattr(x, "__cuda_array_interface__"):
+        reader = _view_cuda_interface
+    else:
+        refuse(name, f"{_a(kind.__name__)}" if x is not None else None, ACCEPTED, TypeError)
+    _readers[kind] = reader
+    return reader
+
+
+def _view_numpy(x: np.ndarray, name: str, array: Any = None, library: str = "numpy") -> View:
+    """A NumPy array; or, with `array` and `library`, another library's array that `x` is a window onto."""
+    dtype, strides = _form(x.dtype, x.strides, name)
+    return View(
+        x if array is None else array,
+        x.__array_interface__["data"][0],
+        x.shape,
+        strides,
+        dtype,
+        -1,
+        library,
+        not x.flags.writeable,
+        None if array is None else x,
+    )
+
+
+def _view_cupy(x: Any, name: str) -> View:
+    memory = x.data
+    dtype, strides = _form(x.dtype, x.strides, name)
+    return View(x, memory.ptr, x.shape, strides, dtype, memory.device_id, "cupy", False)
+
+
+def _view_torch(x: Any, name: str) -> View:
+    try:
+        pointer = x.data_ptr()
+        strides = x.stride()
+    except RuntimeError:
+        _refuse_tensor(x, name)
+    if not pointer and 0 not in x.shape:
+        _refuse_tensor(x, name)
+    if x.is_cuda:
+        device = x.get_device()
+    elif x.device.type == "cpu":
+        device = -1
+    else:
+        _refuse_tensor(x, name)
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        refuse(
+            name,
+            "a tensor that requires grad, while gradients are recorded",
+            "a tensor without gradients, as there is no backward pass: pass .detach(), or call under torch.no_grad()",
+            TypeError,
+        )
+    if x.is_neg() or x.is_conj():
+        refuse(
+            name,
+            "a tensor whose negative or conjugate bit is set",
+            "its values in memory: pass .resolve_neg() or .resolve_conj()",
+            TypeError,
+        )
+    return View(x, pointer, tuple(x.shape), strides, _torch_dtype_name(x.dtype), device, "torch", False)
+
+
+def _refuse_tensor(x: Any, name: str) -> NoReturn:
+    if x.is_nested:
+        got = f"a nested tensor ({x.layout})"
+    elif str(x.layout) != "torch.strided":
+        got = f"a sparse tensor ({x.layout})"
+    elif x.device.type not in ("cpu", "cuda"):
+        got = f"a tensor on device {str(x.device)!r}"
+    else:
+        got = f"{_a(type(x).__name__)} that has no memory of its own"
+    refuse(name, got, "a strided tensor on a CUDA device or the CPU", TypeError)
+
+
+def _view_jax(x: Any, name: str) -> View:
+    if isinstance(x, sys.modules["jax"].core.Tracer):
+        refuse(
+            name,
+            "a JAX tracer (inside jax.jit, grad or vmap)",
+            "a JAX array with values: call outside the transformation",
+            TypeError,
+        )
+    try:
+        device_type, _ = x.__dlpack_device__()
+    except BufferError:  # sharded, or on a TPU
+        where = ", ".join(sorted(str(device) for device in x.devices()))
+        refuse(name, f"a JAX array on {where}", "an array on one CUDA device or on the CPU", TypeError)
+    if device_type == _DL_CPU:
+        return _view_numpy(np.asarray(x), name, x, "jax")
+    if device_type == _DL_CUDA:
+        return _view_over_cupy(x, name, "jax", readonly=True)
+    came = f"a JAX array in {x.sharding.memory_kind!r} memory (DLPack device type {int(device_type)})"
+    refuse(name, came, "one in a CUDA device's own memory or on the CPU", TypeError)
+
+
+def _view_dlpack(x: Any, name: str) -> View:
+    device_type, _ = x.__dlpack_device__()
+    if device_type in (_DL_CUDA, _DL_CUDA_MANAGED):
+        return _view_over_cupy(x, name, "dlpack", readonly=False)
+    if device_type in (_DL_CPU, _DL_CUDA_HOST):  # pinned host memory is host memory
+        try:
+            host = np.from_dlpack(x)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            refuse(name, f"{_a(type(x).__name__)} that NumPy cannot import ({error})", ACCEPTED, TypeError)
+        return _view_numpy(host, name, x, "dlpack")
+    refuse(name, f"an array on DLPack device type {int(device_type)}", "CUDA (2, 13) or host memory (1, 3)", TypeError)
+
+
+def _view_over_cupy(x: Any, name: str, library: str, readonly: bool) -> View:
+    """An array that CuPy imports: __dlpack__(stream=…) makes CuPy's current stream wait for the producer."""
+    base = _cupy().from_dlpack(x)
+    found = _view_cupy(base, name)
+    found.array, found.base, found.library, found.readonly = x, base, library, readonly
+    return found
+
+
+def _view_cuda_interface(x: Any, name: str) -> View:
+    """An array that has only __cuda_array_interface__; its stream, if it names one, is waited for on the device."""
+    runtime = _cupy().cuda.runtime
+    interface = x.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        refuse(name, "a masked array, whose mask would be ignored", "a plain array", TypeError)
+    pointer, readonly = interface["data"]
+    shape = tuple(interface["shape"])
+    dtype = np.dtype(interface["typestr"])
+    strides = interface.get("strides")
+    if strides is None:
+        strides = tuple(step * dtype.itemsize for step in contiguous_strides(shape))
+    dtype, strides = _form(dtype, tuple(strides), name)
+    device = runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
+    found = View(x, pointer or 0, shape, strides, dtype, device, "dlpack", bool(readonly))
+    producer = interface.get("stream")
+    if producer:
+        with on_device(device):
+            wait(current_stream(found), producer)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _form(dtype: np.dtype, strides: tuple[int, ...], name: str) -> tuple[str, tuple[int, ...]]:
+    """NumPy's dtype and strides in bytes as a View has them: the dtype's name and strides in elements."""
+    if not dtype.isnative:
+        refuse(name, f"dtype {dtype.str} in the other byte order", "the machine's byte order", TypeError)
+    if dtype.itemsize == 0 or any(step % dtype.itemsize for step in strides):
+        refuse(name, f"strides of {strides} bytes", f"multiples of the {dtype.itemsize}-byte element")
+    return dtype.name, tuple(step // dtype.itemsize for step in strides)
+
+
+@cache
+def _torch_dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+# --------------------------------------------------------------------------------------------- arrays out
+
+
+def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
+    """A new C-contiguous array, not initialised, of like's library on like's device.
+
+    For JAX and for unknown libraries it is a CuPy or NumPy array, which `deliver` converts when it is filled.
+    On CUDA the current device must be like's (see `on_device`).
+    """
+    strides = contiguous_strides(shape)
+    if like.library == "torch":
+        torch = sys.modules["torch"]
+        array = torch.empty(shape, dtype=getattr(torch, dtype), device=like.array.device)
+        return View(array, array.data_ptr(), shape, strides, dtype, like.device, "torch", False)
+    if like.device >= 0:
+        array = _cupy().ndarray(shape, _NUMPY_DTYPES.get(dtype, dtype))
+        return View(array, array.data.ptr, shape, strides, dtype, like.device, "cupy", False)
+    array = _aligned_empty(shape, numpy_dtype(dtype)) if like.library == "jax" else np.empty(shape, numpy_dtype(dtype))
+    return View(array, array.__array_interface__["data"][0], shape, strides, dtype, -1, "numpy", False)
+
+
+def full(like: View, shape: tuple[int, ...], value: float, dtype: str) -> View:
+    """A new array as from `empty`, with every element set to `value`."""
+    made = empty(like, shape, dtype)
+    fill(made, value)
+    return made
+
+
+def fill(target: View, value: float) -> None:
+    """Set every element of an array that `empty` made, or that the caller gave to be written into."""
+    if 0 in target.shape:
+        return
+    if target.library == "torch":
+        target.array.fill_(value)
+    elif target.device >= 0:
+        _cupy_array(target).fill(value)
+    else:
+        host_array(target)[...] = value
+
+
+def deliver(out: View, like: View) -> Any:
+    """The object that the caller receives: `out` in like's library, without a copy."""
+    if like.library == out.library or like.library in ("numpy", "cupy", "torch"):
+        return out.array
+    if like.library == "jax":
+        jax = sys.modules["jax"]
+        if out.device >= 0:
+            return jax.dlpack.from_dlpack(out.array)
+        return jax.device_put(out.array, like.array.device)  # shares the memory, which is aligned as JAX wants it
+    source = like.array
+    root = type(source).__module__.partition(".")[0]
+    namespace = source.__array_namespace__() if hasattr(source, "__array_namespace__") else sys.modules.get(root)
+    if (convert := getattr(namespace, "from_dlpack", None)) is not None:
+        return convert(out.array)
+    if root.startswith("numba") and out.device >= 0:
+        # The array carries its stream with it, so Numba need not block the host on it.
+        return sys.modules["numba"].cuda.as_cuda_array(out.array, sync=False)
+    return out.array
+
+
+def host_array(source: View) -> np.ndarray:
+    """A NumPy array over a CPU view's memory, without a copy; of a CUDA view a copy, which waits for the device."""
+    if source.library == "torch":
+        tensor = source.array.detach()
+        tensor = tensor if source.device < 0 else tensor.cpu()
+        if source.dtype == "bfloat16":  # torch does not export it to NumPy
+            return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    if source.device >= 0:
+        with on_device(source.device):
+            return _cupy_array(source).get()
+    return source.array if source.base is None else source.base
+
+
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(strides)
+
+
+def overlap(a: View, b: View) -> bool:
+    """Whether the address ranges of two arrays meet. Interleaved arrays count as meeting."""
+    if a.device != b.device:
+        return False
+    first, second = _extent(a), _extent(b)
+    return max(first[0], second[0]) < min(first[1], second[1])
+
+
+def _extent(source: View) -> tuple[int, int]:
+    """First byte, and the byte after the last; equal for an empty array."""
+    low, high = _reach(source.shape, source.strides, numpy_dtype(source.dtype).itemsize)
+    return source.pointer + low, source.pointer + high
+
+
+@lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Bytes from the first element to the lowest byte, and to the byte after the highest."""
+    if 0 in shape:
+        return 0, 0
+    steps = [(size - 1) * step for size, step in zip(shape, strides, strict=True)]
+    return sum(step for step in steps if step < 0) * itemsize, (sum(step for step in steps if step > 0) + 1) * itemsize
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array on a 64-byte boundary: JAX on the CPU takes such memory over, and copies any other."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.__array_interface__["data"][0] % 64
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _cupy_array(source: View) -> Any:
+    """A CuPy array over a CUDA view that is not PyTorch's."""
+    if source.library == "cupy":
+        return source.array
+    return source.base if source.base is not None else _cupy().asarray(source.array)
+
+
+# ------------------------------------------------------------------------------------ devices and streams
+
+
+def current_stream(like: View) -> int:
+    """The raw cudaStream_t that like's library works on now, on like's device; 0 on the CPU."""
+    device = like.device
+    if device < 0:
+        return 0
+    if like.library == "torch":
+        torch = sys.modules["torch"]
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 0.2 µs; the public way takes 7
+        return raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream
+    return _cupy().cuda.get_current_stream(device).ptr
+
+
+def other_stream(like: View, views: Iterable[View]) -> int | None:
+    """The stream that must be ordered with like's: that of arrays of another library, if it is another one.
+
+    There are two owners of streams, PyTorch and CuPy; all other libraries' arrays are ordered on CuPy's.
+    """
+    torch = like.library == "torch"
+    for other in views:
+        if (other.library == "torch") is not torch:
+            stream = current_stream(other)
+            return None if stream == current_stream(like) else stream
+    return None
+
+
+def wait(stream: int, producer: int) -> None:
+    """Make `stream` wait, on the device, for all work queued on `producer` so far. Same current device."""
+    cuda = _cupy().cuda
+    event = cuda.Event(disable_timing=True)
+    cuda.runtime.eventRecord(event.ptr, producer)
+    cuda.runtime.streamWaitEvent(stream, event.ptr)
+
+
+def on_device(device: int) -> Any:
+    """A context in which `device` is CUDA's current device."""
+    return _cupy().cuda.Device(device)
+
+
+def current_device() -> int:
+    """CUDA's current device."""
+    return _cupy().cuda.runtime.getDevice()
+
+
+_in_flight: deque[tuple[Any, list[Any]]] = deque()
+_in_flight_lock = threading.Lock()
+
+
+def keep_until_done(views: Iterable[View], stream: int) -> None:
+    """Hold arrays whose owner cannot see our stream until the work queued on it has finished.
+
+    PyTorch and CuPy reuse freed memory in stream order. JAX may hand a freed buffer to its own stream at once,
+    while our kernel still reads it. Arrays are let go at the next call after the work is done; nothing waits.
+    """
+    with _in_flight_lock:
+        while _in_flight and _in_flight[0][0].done:
+            _in_flight.popleft()
+    foreign = [found for found in views if found.library in ("jax", "dlpack")]
+    cuda = _cupy().cuda
+    if not foreign or cuda.runtime.streamIsCapturing(stream):  # a graph's arrays are its owner's to keep
+        return
+    event = cuda.Event(disable_timing=True)
+    cuda.runtime.eventRecord(event.ptr, stream)
+    _in_flight.append((event, [(found.array, found.base) for found in foreign]))
+
+
+def _cupy() -> Any:
+    module = sys.modules.get("cupy")
+    if module is not None:
+        return module
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError('CUDA arrays need CuPy: pip install "cupyattn[cu12]" (or cu13)') from error
+    return cupy
