@@ -1,0 +1,365 @@
+"""`cupyattn demo`: requests cut from real text, served from a paged KV cache, every attention output checked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..attention import append_kv, attention_varlen, attention_with_kvcache
+from ..explain import explain
+from .device import Device, Precision, array_module, device_label, dtype_of, synchronize, to_host
+from .model import VOCABULARY, Array, Config, Decoder
+from .tolerance import tolerance_of
+
+SHORTEST_PROMPT, LONGEST_PROMPT = 16, 640
+TEMPERATURE = 0.8
+PRINTABLE = range(32, 127)
+
+
+@dataclass(slots=True)
+class Report:
+    """What the demo measured. Times in seconds; errors are absolute, on attention outputs."""
+
+    device: str
+    dtype: str
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    block_size: int
+    blocks_used: int
+    blocks_held: int
+    prefill_kernel: str
+    decode_kernel: str
+    checked_outputs: int
+    largest_error: float
+    tolerance: float
+    repeatable: bool
+    sample_prompt: str
+    sample_answer: str
+
+    @property
+    def passed(self) -> bool:
+        return self.largest_error <= self.tolerance and self.repeatable
+
+
+class BlockPool:
+    """A paged KV cache, (layers, num_blocks, block_size, kv_heads, head_dim) for keys and values, and its free list."""
+
+    def __init__(self, xp: ModuleType, config: Config, num_blocks: int, block_size: int, dtype: np.dtype) -> None:
+        shape = (config.layers, num_blocks, block_size, config.kv_heads, config.head_dim)
+        self.k, self.v = xp.zeros(shape, dtype), xp.zeros(shape, dtype)
+        self.block_size, self.held = block_size, num_blocks
+        # Shuffled, so that a kernel which takes neighbours in a sequence for neighbours in memory is caught.
+        self.free = np.random.default_rng(0).permutation(num_blocks).tolist()
+
+    @property
+    def used(self) -> int:
+        return self.held - len(self.free)
+
+    def grow(self, blocks: list[int], tokens: int) -> bool:
+        """Take blocks from the free list until `blocks` has room for `tokens`; says whether any was taken."""
+        missing = -(-tokens // self.block_size) - len(blocks)
+        for _ in range(missing):
+            blocks.append(self.free.pop())
+        return missing > 0
+
+
+@dataclass(slots=True)
+class Trace:
+    """What attention was given and gave, layer by layer: host copies of (q, k, v, out), one entry per call."""
+
+    calls: dict[int, list[tuple[np.ndarray, ...]]] = field(default_factory=dict)
+    prefill_kernel: str = ""
+    decode_kernel: str = ""
+
+    def record(self, layer: int, *arrays: Array) -> None:
+        self.calls.setdefault(layer, []).append(tuple(to_host(x) for x in arrays))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How far the outputs of one layer were from float64, and how far they may be."""
+
+    outputs: int
+    error: float
+    tolerance: float
+
+
+@dataclass(slots=True)
+class Served:
+    """One pass over all requests: tokens (requests, new_tokens), times in seconds, blocks taken at the end."""
+
+    tokens: np.ndarray
+    prefill_seconds: float
+    decode_seconds: float
+    blocks_used: int
+
+
+def demo(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILES]...", help="Text to cut requests from.", show_default="a text that ships with cupyattn"
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto: the GPU if there is one.")] = Device.auto,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests are served together.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Bytes generated for each request.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens held by one cache block.")] = 16,
+    dtype: Annotated[
+        Precision, typer.Option(help="auto: float32 on a CPU, bfloat16 or float16 on a GPU.")
+    ] = Precision.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the cuts and the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Serve text from a paged KV cache: packed prefill, paged decode, every attention output checked.
+
+    The model is a small byte-level decoder with random weights, so what it writes is noise; the attention is real.
+    Exit code 1 means that an output was further from a float64 oracle than its dtype allows.
+    """
+    xp = array_module(device)
+    texts = read_texts(paths)
+    report = run(xp, cut_requests(texts, requests, seed), new_tokens, block_size, dtype_of(dtype, xp), seed)
+    if as_json:
+        typer.echo(json.dumps(asdict(report) | {"passed": report.passed}, indent=2))
+    else:
+        show(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def read_texts(paths: list[Path] | None) -> list[bytes]:
+    """The contents of `paths`, or of the text that ships with cupyattn. Raises typer.BadParameter for no text."""
+    if not paths:
+        return [(files("cupyattn") / "data" / "paged_memory.txt").read_bytes()]
+    texts = []
+    for path in paths:
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: got {error.strerror}, expected a readable text file") from None
+        if not text.strip():
+            raise typer.BadParameter(f"{path}: got an empty file, expected text")
+        if b"\0" in text:
+            raise typer.BadParameter(f"{path}: got a binary file (it holds zero bytes), expected text")
+        texts.append(text)
+    return texts
+
+
+def cut_requests(texts: list[bytes], count: int, seed: int) -> list[bytes]:
+    """`count` pieces of the texts in turn, of very different lengths, beginning at the start of a word if possible."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for index in range(count):
+        text = texts[index % len(texts)]
+        length = int(np.exp(rng.uniform(np.log(SHORTEST_PROMPT), np.log(LONGEST_PROMPT))))
+        start = int(rng.integers(max(len(text) - length, 0) + 1))
+        if start:
+            space = text.find(b" ", start - 1, start + SHORTEST_PROMPT)
+            start = start if space < 0 else space + 1
+        pieces.append(text[start : start + length] or text[:length])
+    return pieces
+
+
+def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, dtype: np.dtype, seed: int) -> Report:
+    """Serve the prompts twice: once to compile, record and check every attention output, once for the clock."""
+    config = Config()
+    model = Decoder(xp, config, dtype, seed)
+    noise = _sampling_noise(xp, len(prompts), new_tokens, seed)
+    needed = sum(-(-(len(prompt) + new_tokens) // block_size) for prompt in prompts)
+    held = needed + needed // 4  # a server keeps some room
+
+    trace = Trace()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def one_pass(title: str, recorder: Trace | None) -> Served:
+            task = progress.add_task(title, total=new_tokens)
+            pool = BlockPool(xp, config, held, block_size, dtype)
+            return serve(model, prompts, noise, pool, recorder, lambda: progress.advance(task))
+
+        first = one_pass("first pass", trace)
+        lengths = [len(prompt) for prompt in prompts]
+        checks = [
+            check(calls, lengths) for calls in progress.track(trace.calls.values(), description="check against float64")
+        ]
+        served = one_pass("timed pass", None)
+    # Layers differ in scale: report the one that comes closest to its own limit, or that is not a number.
+    worst = max(checks, key=lambda found: np.nan_to_num(found.error / found.tolerance, nan=np.inf))
+
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
+    decoded = len(prompts) * (new_tokens - 1)  # prefill gives each request its first token
+    shown = int(np.argmin([abs(len(prompt) - 60) for prompt in prompts]))
+    return Report(
+        device=device_label(xp),
+        dtype=dtype.name,
+        requests=len(prompts),
+        prompt_tokens=prompt_tokens,
+        generated_tokens=served.tokens.size,
+        prefill_seconds=served.prefill_seconds,
+        decode_seconds=served.decode_seconds,
+        prefill_tokens_per_second=prompt_tokens / served.prefill_seconds,
+        decode_tokens_per_second=decoded / served.decode_seconds,
+        block_size=block_size,
+        blocks_used=served.blocks_used,
+        blocks_held=held,
+        prefill_kernel=trace.prefill_kernel,
+        decode_kernel=trace.decode_kernel,
+        checked_outputs=sum(found.outputs for found in checks),
+        largest_error=worst.error,
+        tolerance=worst.tolerance,
+        repeatable=bool((first.tokens == served.tokens).all()),
+        sample_prompt=prompts[shown].decode("utf-8", errors="replace"),
+        sample_answer=bytes(served.tokens[shown].tolist()).decode("ascii"),
+    )
+
+
+def serve(
+    model: Decoder, prompts: list[bytes], noise: Array, pool: BlockPool, trace: Trace | None, done: Callable[[], None]
+) -> Served:
+    """Prefill all prompts in one packed batch, then decode one token per request and step, out of `pool`.
+
+    noise is (steps, requests, 256); `done` is called after every step.
+    """
+    xp, layers_k, layers_v = model.xp, pool.k, pool.v
+    steps, batch = noise.shape[:2]
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32)
+    blocks: list[list[int]] = [[] for _ in prompts]
+    table = np.full((batch, -(-int(lengths.max() + steps) // pool.block_size)), -1, dtype=np.int32)
+
+    def reserve(tokens: np.ndarray) -> bool:
+        changed = [pool.grow(owned, int(count)) for owned, count in zip(blocks, tokens, strict=True)]
+        for row, owned in enumerate(blocks):
+            table[row, : len(owned)] = owned
+        return any(changed)
+
+    # Prefill: prompts lie end to end, cu_seqlens says where each begins, and nothing is padded.
+    reserve(lengths)
+    cu_seqlens = xp.asarray(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    block_table, cache_seqlens = xp.asarray(table), xp.asarray(lengths)
+    longest = int(lengths.max())
+    tokens = xp.asarray(np.frombuffer(b"".join(prompts), dtype=np.uint8).astype(np.int32))
+    positions = xp.asarray(np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]))
+
+    def prefill(layer: int, q: Array, k: Array, v: Array) -> Array:
+        append_kv(layers_k[layer], layers_v[layer], k, v, cu_seqlens_new=cu_seqlens, block_table=block_table)
+        args = dict(
+            cu_seqlens_q=cu_seqlens,
+            seqused_k=cache_seqlens,
+            block_table=block_table,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=True,
+        )
+        out = attention_varlen(q, layers_k[layer], layers_v[layer], **args)
+        if trace is not None:
+            trace.record(layer, q, k, v, out)
+            trace.prefill_kernel = trace.prefill_kernel or explain(q, layers_k[layer], layers_v[layer], **args).kernel
+        return out
+
+    def decode(layer: int, q: Array, k: Array, v: Array) -> Array:
+        q, k, v = (x[:, None] for x in (q, k, v))
+        args = dict(k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table, causal=True)
+        out = attention_with_kvcache(q, layers_k[layer], layers_v[layer], **args)
+        if trace is not None:
+            trace.record(layer, q[:, 0], k[:, 0], v[:, 0], out[:, 0])
+            trace.decode_kernel = trace.decode_kernel or explain(q, layers_k[layer], layers_v[layer], **args).kernel
+        return out[:, 0]
+
+    def sample(hidden: Array, step: int) -> Array:
+        return (model.logits(hidden) / TEMPERATURE + noise[step]).argmax(axis=-1)
+
+    synchronize(xp)
+    started = time.perf_counter()
+    hidden = model.forward(tokens, positions, prefill)
+    generated = [sample(hidden[cu_seqlens[1:] - 1], 0)]
+    synchronize(xp)
+    prefilled = time.perf_counter()
+    done()
+
+    # Decode: the host knows every length, so it hands out blocks without asking the device.
+    for step in range(1, steps):
+        if reserve(lengths + 1):
+            block_table = xp.asarray(table)
+        cache_seqlens = xp.asarray(lengths)
+        hidden = model.forward(generated[-1], cache_seqlens, decode)
+        generated.append(sample(hidden, step))
+        lengths = lengths + 1
+        done()
+    answers = to_host(xp.stack(generated, axis=1)).astype(np.uint8)
+    return Served(answers, prefilled - started, time.perf_counter() - prefilled, pool.used)
+
+
+def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int]) -> Check:
+    """Check one layer's attention calls, a prefill and then decode steps, against float64.
+
+    Prefill and decode together are one causal attention over all tokens of a request, so a single float64 pass over
+    packed rows, which knows nothing of blocks, gives what every call must have given.
+    """
+    starts = np.cumsum([0, *lengths])
+
+    def packed(role: int) -> np.ndarray:
+        prefill, steps = calls[0][role], [call[role] for call in calls[1:]]
+        rows = [
+            np.concatenate([prefill[starts[b] : starts[b + 1]], *(step[b : b + 1] for step in steps)])
+            for b in range(len(lengths))
+        ]
+        return np.concatenate(rows)
+
+    q, k, v, out = (packed(role) for role in range(4))
+    cu_seqlens = np.cumsum([0, *(n + len(calls) - 1 for n in lengths)]).astype(np.int32)
+    oracle = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, kernel="numpy_float64")
+    error = float(np.abs(out.astype(np.float64) - oracle).max())
+    return Check(out.size, error, tolerance_of(v))
+
+
+def show(report: Report) -> None:
+    """Print the report as a table, and what was served."""
+    console = Console()
+    table = Table(title=f"cupyattn demo on {report.device}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    error = f"{report.largest_error:.2e}, tolerance {report.tolerance:.2e}"
+    verdict = "[green]ok[/]" if report.largest_error <= report.tolerance else "[red]too large[/]"
+    for name, value in (
+        ("requests", f"{report.requests}"),
+        ("prompt tokens", f"{report.prompt_tokens}"),
+        ("generated tokens", f"{report.generated_tokens}"),
+        ("prefill", f"{report.prefill_seconds * 1e3:.1f} ms, {report.prefill_tokens_per_second:.0f} tokens/s"),
+        ("decode", f"{report.decode_seconds * 1e3:.1f} ms, {report.decode_tokens_per_second:.0f} tokens/s"),
+        ("blocks used", f"{report.blocks_used} of {report.blocks_held} held, {report.block_size} tokens each"),
+        ("kernels", f"{report.prefill_kernel} (prefill), {report.decode_kernel} (decode), {report.dtype}"),
+        ("largest error", f"{error}: {verdict} ({report.checked_outputs} outputs against float64)"),
+        ("second pass", "[green]the same tokens[/]" if report.repeatable else "[red]other tokens than the first[/]"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    console.print("One request and its answer (noise: the weights are random, only the attention is real):")
+    for text, style in ((" ".join(report.sample_prompt.split()), "bold"), (report.sample_answer, "")):
+        console.print(f"  {text!r}", style=style, markup=False, highlight=False)
+
+
+def _sampling_noise(xp: ModuleType, batch: int, steps: int, seed: int) -> Array:
+    """Gumbel noise (steps, batch, 256), float32: argmax(logits + noise) samples. Made on the host: the same everywhere.
+
+    Bytes that cannot be printed get -inf and are never sampled.
+    """
+    noise = np.random.default_rng(seed + 1).gumbel(size=(steps, batch, VOCABULARY)).astype(np.float32)
+    noise[..., [byte for byte in range(VOCABULARY) if byte not in PRINTABLE]] = -np.inf
+    return xp.asarray(noise)

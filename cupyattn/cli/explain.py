@@ -1,0 +1,54 @@
+"""`cupyattn explain`: which kernel a call of a given shape takes, on this machine or on a chip that is elsewhere."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ..explain import explain as explain_call
+from .device import Device, Precision, array_module, dtype_of
+
+
+def explain(
+    batch: Annotated[int, typer.Option(min=0)] = 1,
+    seqlen_q: Annotated[int, typer.Option(min=0, help="Queries of a sequence; 1 is a decode step.")] = 2048,
+    seqlen_k: Annotated[int | None, typer.Option(min=0, show_default="seqlen-q")] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 32,
+    kv_heads: Annotated[int | None, typer.Option(min=1, show_default="heads")] = None,
+    head_dim: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[Precision, typer.Option()] = Precision.bfloat16,
+    causal: Annotated[bool, typer.Option()] = False,
+    window: Annotated[tuple[int, int] | None, typer.Option(metavar="LEFT RIGHT", help="-1 for unbounded.")] = None,
+    softcap: Annotated[float | None, typer.Option()] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Keys from a paged cache of such blocks.")] = None,
+    kernel: Annotated[str, typer.Option(help="As the kernel argument of the functions.")] = "auto",
+    arch: Annotated[str | None, typer.Option(help="A chip that need not be here, as in 80 or 90a.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the explanation as JSON.")] = False,
+) -> None:
+    """Say which kernel a call takes and why: tile, registers, shared memory, work, and the time no kernel can beat.
+
+    Without --arch it is explained for the GPU here, or for NumPy if there is none.
+    """
+    xp = np if arch else array_module(Device.auto)
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    kv_heads = heads if kv_heads is None else kv_heads
+    options = {"causal": causal, "window": window, "softcap": softcap, "kernel": kernel, "arch": arch}
+    rows = (batch, seqlen_k)
+    if block_size is not None:
+        columns = -(-seqlen_k // block_size)
+        rows = (batch * columns, block_size)
+        options["block_table"] = xp.arange(batch * columns, dtype=np.int32).reshape(batch, columns)
+        options["cache_seqlens"] = xp.full(batch, seqlen_k, dtype=np.int32)
+    q = xp.empty((batch, seqlen_q, heads, head_dim), dtype_of(dtype, xp))
+    k, v = (xp.empty((*rows, kv_heads, head_dim), q.dtype) for _ in range(2))
+    try:
+        explanation = explain_call(q, k, v, **options)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except ImportError as error:  # no compiler: the message says how to get one
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    typer.echo(json.dumps(explanation.as_dict(), indent=2) if as_json else str(explanation))
