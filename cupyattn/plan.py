@@ -28,7 +28,6 @@ class Device:
     multiprocessors: int
     shared_per_block: int  # the most that a block can ask for
     shared_per_multiprocessor: int
-    l2_bytes: int
     name: str = ""
 
     @property
@@ -40,14 +39,14 @@ class Device:
 # Shared-memory limits and a typical member of every generation, for compiling and planning ahead of any device
 # (CUDA programming guide, compute capabilities).
 DEVICES = {
-    "70": Device("70", 80, 96 << 10, 96 << 10, 6 << 20, "V100"),
-    "75": Device("75", 40, 64 << 10, 64 << 10, 4 << 20, "T4"),
-    "80": Device("80", 108, 163 << 10, 164 << 10, 40 << 20, "A100"),
-    "86": Device("86", 84, 99 << 10, 100 << 10, 6 << 20, "A10"),
-    "89": Device("89", 128, 99 << 10, 100 << 10, 72 << 20, "RTX 4090"),
-    "90a": Device("90a", 132, 227 << 10, 228 << 10, 50 << 20, "H100, H200"),
-    "100a": Device("100a", 148, 227 << 10, 228 << 10, 126 << 20, "B200"),
-    "120a": Device("120a", 170, 99 << 10, 100 << 10, 96 << 20, "RTX 5090"),
+    "70": Device("70", 80, 96 << 10, 96 << 10, "V100"),
+    "75": Device("75", 40, 64 << 10, 64 << 10, "T4"),
+    "80": Device("80", 108, 163 << 10, 164 << 10, "A100"),
+    "86": Device("86", 84, 99 << 10, 100 << 10, "A10"),
+    "89": Device("89", 128, 99 << 10, 100 << 10, "RTX 4090"),
+    "90a": Device("90a", 132, 227 << 10, 228 << 10, "H100, H200"),
+    "100a": Device("100a", 148, 227 << 10, 228 << 10, "B200"),
+    "120a": Device("120a", 170, 99 << 10, 100 << 10, "RTX 5090"),
 }
 SHARED_RESERVED = 1 << 10  # the system's share of every block
 STATIC_SHARED = 1 << 10  # a forward kernel's own, which aligns the tiles behind it
@@ -86,17 +85,16 @@ class Plan:
     group: int  # query heads packed into a tile's rows; 1 is none
     window: tuple[int, int]  # as the kernel takes it: sides that hide nothing are -1
     tiles_per_sequence: int  # dense q
-    pairs_per_section: int  # dense q: (sequence, head) pairs whose keys share the L2 cache
+    pairs_per_section: int  # dense q: (sequence, head) pairs that are worked on together
     reasons: tuple[str, ...]  # why, in sentences
 
 
 # Tiles in order of preference, by the largest padded head dimension that they serve: the first of which two
 # blocks fit a multiprocessor, else the first that fits at all. None spills, on any supported chip: 128 rows over
-# four warps (32 each) read K and V from shared memory once per 32 rows instead of once per 16, which is worth
-# 1.24 times on an H200 at head_dim 128 and 4k keys (notebooks/results/tiles.json); past 128 dimensions their
+# four warps (32 each) read K and V from shared memory once per 32 rows instead of once per 16; past 128 dimensions their
 # accumulators no longer fit the registers.
 LARGE_TILES = (
-    (64, (Tile(128, 128, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1))),
+    (64, (Tile(128, 128, 4, 1), Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1))),
     (128, (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
 )
@@ -107,6 +105,11 @@ SMALL_TILES = (
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
 )
 SIMT_TILE = Tile(64, 64, 8, 1)
+# (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
+# come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
+# cache. Sections of all pairs lose up to 0.15 of the speed (notebooks/results/tiles.json).
+CAUSAL_SECTION = 16
+FULL_SECTION = 1
 # Of the 255 registers of a thread: what accumulators may take (192 spills on sm_100, and nowhere else). A soft cap
 # or ALiBi needs registers for each score.
 MAX_ACCUMULATORS = 192
@@ -115,10 +118,17 @@ MAX_ACCUMULATORS_SHAPED = 160
 MAX_KEYS_SHAPED = 64
 
 
-def plan(problem: Problem, device: Device, kernel: str = "auto") -> Plan:
+def plan(
+    problem: Problem,
+    device: Device,
+    kernel: str = "auto",
+    tile: Tile | None = None,
+    pairs_per_section: int | None = None,
+) -> Plan:
     """Choose kernel, tile and grid for one problem on one device.
 
     kernel: "auto", or one of `KERNELS` to insist; ValueError when it cannot serve the problem there.
+    tile, pairs_per_section: insist on these for forward_sm80, as `cupyattn bench --tiles` does to compare them.
     """
     name, why = choose_kernel(problem, device, kernel)
     typical_rows = _typical_rows(problem)
@@ -131,7 +141,10 @@ def plan(problem: Problem, device: Device, kernel: str = "auto") -> Plan:
         shared = 0
     else:
         padded = _round_up(problem.head_dim, 16)
-        tile, group, reason = _choose_tile(problem, device, padded, typical_rows)
+        if tile is None:
+            tile, group, reason = _choose_tile(problem, device, padded, typical_rows)
+        else:
+            group, reason = _packed_group(problem, tile.rows, typical_rows), "the caller insists on the tile"
         reasons = [why, reason]
         shared = tile.shared_bytes(padded)
     if group > 1:
@@ -148,10 +161,14 @@ def plan(problem: Problem, device: Device, kernel: str = "auto") -> Plan:
         )
     else:
         tiles_per_sequence = _ceil_div(problem.seqlen_q * group, tile.rows)
-        pairs_per_section = _pairs_per_section(problem, device, pairs, heads)
+        if pairs_per_section is None:
+            pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
+        pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
-        if masked and pairs_per_section < pairs:
-            reasons.append(f"blocks run in sections of {pairs_per_section} heads, whose keys fit half of the L2 cache")
+        if masked:
+            reasons.append(
+                f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
+            )
     return Plan(
         kernel=name,
         defines=_defines(problem, name, tile, group, masked),
@@ -321,13 +338,6 @@ def _typical_rows(problem: Problem) -> int:
     if problem.packed_q:
         return min(problem.seqlen_q, _ceil_div(problem.total_q, max(problem.batch, 1)))
     return problem.seqlen_q
-
-
-def _pairs_per_section(problem: Problem, device: Device, pairs: int, heads: int) -> int:
-    """How many (sequence, head) pairs to work on at a time so that their keys stay in half of the L2 cache."""
-    bytes_per_kv_head = 2 * problem.seqlen_k * problem.head_dim * problem.itemsize
-    kv_heads = max(1, device.l2_bytes // 2 // max(bytes_per_kv_head, 1))
-    return max(1, min(pairs, kv_heads * (heads // problem.num_kv_heads)))
 
 
 def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool) -> Defines:

@@ -326,25 +326,23 @@ struct Work {
     int whole_begin, whole_end; // among them those that every row sees whole
 };
 
-__device__ __forceinline__ bool find_work(const ForwardParams& p, Work& shared) {
-    const Tile tile = find_tile(p);
-    if (tile.sequence < 0) return false;
+__device__ __forceinline__ Work find_work(const ForwardParams& p) {
+    Work work;
+    work.tile = find_tile(p);
+    if (work.tile.sequence < 0) return work;
+    const Tile& tile = work.tile;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
-    const Keys keys = find_keys(p, tile.sequence, kv_head);
-    const int shift = keys.length - tile.seqlen_q;
+    work.keys = find_keys(p, tile.sequence, kv_head);
+    const int seqlen_k = work.keys.length;
+    const int shift = seqlen_k - tile.seqlen_q;
     const int last_row = min(tile.first_row + TILE_M, tile.seqlen_q * GROUP) - 1;
-    const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, keys.length);
-    const KeyRange last_sees = visible_keys(p, last_row / GROUP, shift, keys.length);
-    if (threadIdx.x == 0) {
-        shared.tile = tile;
-        shared.keys = keys;
-        shared.begin = first_sees.begin / TILE_N;
-        shared.end = ceil_div(max(last_sees.end, 0), TILE_N);
-        shared.whole_begin = ceil_div(last_sees.begin, TILE_N);
-        shared.whole_end = max(first_sees.end, 0) / TILE_N;
-    }
-    __syncthreads();
-    return true;
+    const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
+    const KeyRange last_sees = visible_keys(p, last_row / GROUP, shift, seqlen_k);
+    work.begin = first_sees.begin / TILE_N;
+    work.end = ceil_div(max(last_sees.end, 0), TILE_N);
+    work.whole_begin = ceil_div(last_sees.begin, TILE_N);
+    work.whole_end = max(first_sees.end, 0) / TILE_N;
+    return work;
 }
 
 __device__ __forceinline__ void clear(State& state) {
@@ -366,23 +364,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
     extern __shared__ __align__(1024) uint4 shared_memory[];
     __shared__ Work work;
     const Shared shared(shared_address(shared_memory));
-    if (!find_work(p, work)) return;
+    Work found = find_work(p);
+    if (found.tile.sequence < 0) return;
+    if (threadIdx.x == 0) work = found;
+    if (CACHE_KIND == CACHE_PAGED) __syncthreads(); // before anybody marks the keys as bad
 
-    load_queries(p, work.tile, shared.q);
-    const auto load_pair = [&](int n, int stage) {
-        if (n >= work.begin) {
-            load_keys<false>(p, work.keys, n * TILE_N, shared.k + stage * KV_BYTES);
-            load_keys<true>(p, work.keys, n * TILE_N, shared.v + stage * KV_BYTES);
+    const auto load_pair = [&](Work& from, int n, int stage) {
+        if (n >= from.begin) {
+            load_keys<false>(p, from.keys, n * TILE_N, shared.k + stage * KV_BYTES);
+            load_keys<true>(p, from.keys, n * TILE_N, shared.v + stage * KV_BYTES);
         }
         commit_copies();
     };
+    Work& first = CACHE_KIND == CACHE_PAGED ? work : found; // the first loads need not wait for the shared copy
+    load_queries(p, found.tile, shared.q);
     if constexpr (STAGES == 1) {
-        if (work.end > work.begin) load_keys<false>(p, work.keys, (work.end - 1) * TILE_N, shared.k);
+        if (found.end > found.begin) load_keys<false>(p, first.keys, (found.end - 1) * TILE_N, shared.k);
         commit_copies();
     } else {
 #pragma unroll
-        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(work.end - 1 - ahead, ahead);
+        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(first, found.end - 1 - ahead, ahead);
     }
+    __syncthreads(); // the shared copy is complete
 
     State state;
     clear(state);
@@ -396,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
             load_keys<true>(p, work.keys, n * TILE_N, shared.v);
             commit_copies();
         } else {
-            load_pair(n - (STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
+            load_pair(work, n - (STAGES - 1), stage == 0 ? STAGES - 1 : stage - 1);
         }
         multiply_keys(scores, shared.q, shared.k + stage * KV_BYTES);
         if constexpr (STAGES == 1) {

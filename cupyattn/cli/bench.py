@@ -29,6 +29,7 @@ from rich.table import Table
 
 from ..attention import attention
 from .device import device_label, why_no_gpu
+from .tiles import sweep
 from .tolerance import tolerance_of
 
 TOKENS, WIDTH = 16384, 2048  # every cell: 16k tokens in all, heads * head_dim = 2048
@@ -109,6 +110,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each cell is gone through.")] = 3,
     quick: Annotated[bool, typer.Option(help="Only the six cells of 2048 tokens a sequence.")] = False,
     host: Annotated[bool, typer.Option(help="Only the host time of a call.")] = False,
+    tiles_path: Annotated[
+        Path | None, typer.Option("--tiles", help="Compare tiles and grid orders instead, and write what came here.")
+    ] = None,
 ) -> None:
     """Measure prefill on 36 shapes against every peer that can be imported, and the host time of a call.
 
@@ -122,6 +126,10 @@ def bench(
     import cupy
 
     machine = describe_machine(cupy)
+    if tiles_path is not None:
+        record = {"machine": machine, **sweep(cupy, EventTimer(cupy), console)}
+        tiles_path.write_text(json.dumps(record, indent=1) + "\n")
+        return
     host_us = host_times(cupy)
     results: Results = {}
     if not host:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,10 +59,13 @@ class PreparedAppend:
             _launch(self.kernel.function, self._grid, self._block, argument, 0, stream)
 
 
-def prepare(problem: Problem, device: int, kernel: str = "auto") -> Prepared:
-    """Plan, compile (or find) and load. Raises ValueError where `kernel` cannot serve the problem on this device."""
+def prepare(problem: Problem, device: int, kernel: str = "auto", **insist: Any) -> Prepared:
+    """Plan, compile (or find) and load. Raises ValueError where `kernel` cannot serve the problem on this device.
+
+    `insist` goes to `plan`.
+    """
     described = describe_device(device)
-    made = plan(problem, described, kernel)
+    made = plan(problem, described, kernel, **insist)
     loaded = jit.load(made.kernel, made.defines, described.arch, made.kernel, device, made.shared_bytes)
     return Prepared(problem, made, loaded)
 
@@ -85,7 +88,6 @@ def describe_device(device: int) -> Device:
         multiprocessors=attributes["MultiProcessorCount"],
         shared_per_block=attributes["MaxSharedMemoryPerBlockOptin"],
         shared_per_multiprocessor=attributes["MaxSharedMemoryPerMultiprocessor"],
-        l2_bytes=attributes["L2CacheSize"],
         name=cupy.cuda.runtime.getDeviceProperties(device)["name"].decode(),
     )
 

@@ -38,7 +38,7 @@ struct ForwardParams {
     int max_blocks, table_stride;
     int window_left, window_right; // -1: unbounded
     int tiles_per_sequence;        // dense q
-    int pairs_per_section;         // dense q: (sequence, head) pairs whose keys share the L2 cache
+    int pairs_per_section;         // dense q: (sequence, head) pairs that are worked on together
     float softmax_scale;
     float softcap;
 };

@@ -63,7 +63,7 @@ __device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int til
 }
 
 // The tile of this thread block. Tiles with the most keys under a causal mask (the last ones) come first, so
-// that short ones fill the tail. Dense q walks sections of (sequence, head) pairs whose keys fit the L2 cache.
+// that short ones fill the tail. Dense q walks one section of (sequence, head) pairs after the other.
 __device__ __forceinline__ Tile find_tile(const ForwardParams& p) {
     const int heads = GROUP > 1 ? p.num_kv_heads : p.num_heads;
     const u32 index = blockIdx.x;
