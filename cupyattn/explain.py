@@ -97,7 +97,7 @@ def explain(
     (or v_cache) by position; which of the three is meant follows from the rest. New rows are k= and v=. Compiles the
     kernel if it is not in the cache yet. Lengths and tables on a GPU are read back, which synchronises.
 
-    arch: explain for a chip that need not be present, such as "80" or "90a"; by default the arrays' own device.
+    arch: explain for a chip that need not be present, such as "80" or "90"; by default the arrays' own device.
     Raises TypeError or ValueError as the explained call would.
 
     >>> import numpy as np
@@ -149,10 +149,10 @@ def explain(
         from .kernels.launch import describe_device
 
         device = describe_device(query.device)
-    elif arch in DEVICES:
-        device = DEVICES[arch]
     else:
-        refuse("arch", repr(arch), "one of " + ", ".join(DEVICES))
+        device = DEVICES.get(arch) or DEVICES.get(f"{arch}a")
+        if device is None:
+            refuse("arch", repr(arch), "one of " + ", ".join(DEVICES))
     return _explain_launch(problem, device, kernel, flops, moved)
 
 

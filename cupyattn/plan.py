@@ -91,8 +91,8 @@ class Plan:
 
 # Tiles in order of preference, by the largest padded head dimension that they serve: the first of which two
 # blocks fit a multiprocessor, else the first that fits at all. None spills, on any supported chip: 128 rows over
-# four warps (32 each) read K and V from shared memory once per 32 rows instead of once per 16; past 128 dimensions their
-# accumulators no longer fit the registers.
+# four warps (32 each) read K and V from shared memory once per 32 rows instead of once per 16; past 128 dimensions
+# their accumulators no longer fit the registers.
 LARGE_TILES = (
     (64, (Tile(128, 128, 4, 1), Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1))),
     (128, (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),

@@ -63,7 +63,7 @@ def test_cpu_arrays_run_in_numpy():
     assert "numpy on cpu" in str(found)
 
 
-@pytest.mark.parametrize("arch", ["75", "80", "90a", "120a"])
+@pytest.mark.parametrize("arch", ["75", "80", "90", "90a", "120a"])
 def test_a_chip_that_is_not_present(arch):
     pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
     found = cupyattn.explain(*arrays(batch=8, seqlen_q=512, seqlen_k=512), causal=True, arch=arch)

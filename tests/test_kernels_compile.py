@@ -38,9 +38,11 @@ def test_every_tile_row_width(head_dim):
     _compile(make_problem(head_dim), "90a", "forward_sm80")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
 @pytest.mark.parametrize("family", ["causal", "shaped"])
 def test_float32_kernel(arch, family):
+    if int(arch.rstrip("a")) not in compile.supported_archs():
+        pytest.skip(f"NVRTC for CUDA {compile.nvrtc_version()[0]} no longer compiles for sm_{arch}")
     _compile(dataclasses.replace(FAMILIES[family](256), dtype="float32"), arch, "forward_simt")
 
 

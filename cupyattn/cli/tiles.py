@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..arrays import view
-from ..kernels.launch import describe_device, prepare
+from ..kernels.launch import Prepared, describe_device, prepare
 from ..kernels.operands import Operands
-from ..plan import LARGE_TILES, MAX_ACCUMULATORS, SMALL_TILES, Tile
+from ..plan import LARGE_TILES, MAX_ACCUMULATORS, SMALL_TILES, Plan, Tile
 from ..problem import describe
 
 TOKENS, WIDTH = 16384, 2048
@@ -43,21 +43,21 @@ def sweep(cupy: ModuleType, timer: Timer, console: Console) -> dict[str, Any]:
         operands = Operands(*views)
         problem = describe(*views[:3], causal=causal)
         flops = 4.0 * TOKENS * WIDTH * seqlen * (0.5 if causal else 1.0)
-
-        def speed(**insist: Any) -> tuple[float, Any]:
-            prepared = prepare(problem, device, **insist)
-            return flops / timer(lambda: prepared(operands, stream)) / 1e9, prepared.plan
-
-        chosen, plan = speed()
+        chosen, _ = _speed(timer, prepare(problem, device), operands, stream, flops)
         variants = [dict(tile=tile) for tile in candidates(head_dim, device)]
         variants += [dict(pairs_per_section=section) for section in SECTIONS]
         for insist in variants:
-            found, made = speed(**insist)
+            found, made = _speed(timer, prepare(problem, device, **insist), operands, stream, flops)
             tile = f"{made.tile_rows} x {made.tile_keys}, {made.warps} warps, {made.stages} stages"
             row = dict(head_dim=head_dim, causal=causal, seqlen=seqlen, tile=tile, section=made.pairs_per_section)
             rows.append(row | dict(varied=next(iter(insist)), tflops=found, ratio=found / chosen))
     show(rows, console)
     return {"tokens": TOKENS, "heads_times_head_dim": WIDTH, "dtype": "bfloat16", "rows": rows}
+
+
+def _speed(timer: Timer, prepared: Prepared, operands: Operands, stream: int, flops: float) -> tuple[float, Plan]:
+    """TFLOP/s of a prepared launch, and its plan."""
+    return flops / timer(lambda: prepared(operands, stream)) / 1e9, prepared.plan
 
 
 def candidates(head_dim: int, device: int) -> list[Tile]:
