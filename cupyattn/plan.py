@@ -95,7 +95,7 @@ class Plan:
 # their accumulators no longer fit the registers.
 LARGE_TILES = (
     (64, (Tile(128, 128, 4, 1), Tile(128, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1))),
-    (128, (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
+    (128, (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 32, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
 )
 # For few rows: when a sequence fills no more than one of these, or when large tiles would leave chips idle.
@@ -110,10 +110,10 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # cache. Sections of all pairs lose up to 0.15 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
 FULL_SECTION = 1
-# Of the 255 registers of a thread: what accumulators may take (192 spills on sm_100, and nowhere else). A soft cap
-# or ALiBi needs registers for each score.
+# Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
+# sm_100 on. A soft cap or ALiBi needs registers for each score, and there for each row: a warp then gets 16 rows.
 MAX_ACCUMULATORS = 192
-MAX_ACCUMULATORS_SM100 = 176
+MAX_ACCUMULATORS_SM100 = 160
 MAX_ACCUMULATORS_SHAPED = 160
 MAX_KEYS_SHAPED = 64
 
@@ -169,6 +169,10 @@ def plan(
             reasons.append(
                 f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
             )
+    if grid >= 2**31:
+        refuse(
+            "q", f"{problem.total_q} rows of {heads} heads, which take {grid} thread blocks", "at most 2**31 - 1 blocks"
+        )
     return Plan(
         kernel=name,
         defines=_defines(problem, name, tile, group, masked),
@@ -301,20 +305,20 @@ def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows
     return (
         large,
         group,
-        f"tiles of {large.rows} x {large.keys} are the largest for head_dim {problem.head_dim} without spills",
+        f"{large.rows} x {large.keys} is the first tile for head_dim {problem.head_dim} to fit sm_{device.arch} well",
     )
 
 
 def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, device: Device, shaped: bool) -> Tile:
     """The best tile of a table whose registers and shared memory this device has."""
     tiles = next(tiles for limit, tiles in table if padded_dim <= limit)
+    newer = device.capability >= 100
+    most = MAX_ACCUMULATORS_SHAPED if shaped else MAX_ACCUMULATORS_SM100 if newer else MAX_ACCUMULATORS
+    tiles = tuple(tile for tile in tiles if tile.accumulators(padded_dim) <= most)
     if shaped:
-        tiles = [
-            t for t in tiles if t.keys <= MAX_KEYS_SHAPED and t.accumulators(padded_dim) <= MAX_ACCUMULATORS_SHAPED
-        ]
-    else:
-        most = MAX_ACCUMULATORS_SM100 if device.capability // 10 == 10 else MAX_ACCUMULATORS
-        tiles = [t for t in tiles if t.accumulators(padded_dim) <= most]
+        tiles = tuple(tile for tile in tiles if tile.keys <= MAX_KEYS_SHAPED)
+    if shaped and newer:
+        tiles = tuple(tile for tile in tiles if tile.rows == 16 * tile.warps)
 
     def blocks(tile: Tile) -> int:
         need = tile.shared_bytes(padded_dim) + STATIC_SHARED
@@ -328,7 +332,7 @@ def _fitting(table: tuple[tuple[int, tuple[Tile, ...]], ...], padded_dim: int, d
 def _packed_group(problem: Problem, tile_rows: int, typical_rows: int) -> int:
     """Pack the query heads of a kv head into one tile's rows when that makes fewer tiles."""
     group = problem.group
-    fits_int32 = problem.seqlen_q * group < 2**31
+    fits_int32 = (problem.total_q if problem.packed_q else problem.seqlen_q) * group < 2**31
     fewer = _ceil_div(typical_rows * group, tile_rows) < group * _ceil_div(typical_rows, tile_rows)
     return group if group > 1 and fewer and fits_int32 else 1
 

@@ -47,8 +47,8 @@ struct Place {
 
 __device__ __forceinline__ Place find_place(const AppendParams& p, const NewRow& at) {
     const int used = p.cache_seqlens != nullptr ? p.cache_seqlens[at.sequence] : 0;
+    if (used < 0 || used > p.cache_rows || at.index < 0 || at.index >= p.cache_rows - used) return {-1, 0};
     const int row = used + at.index;
-    if (used < 0 || at.index < 0 || row < 0 || row >= p.cache_rows) return {-1, 0};
 #if CACHE_KIND == CACHE_PAGED
     const int outer = p.block_table[static_cast<i64>(at.sequence) * p.table_stride + row / BLOCK_SIZE];
     const int inner = row % BLOCK_SIZE;

@@ -48,7 +48,7 @@ __device__ __forceinline__ float load_key_element(const ForwardParams& p, const 
     if (row >= keys.length || dim >= HEAD_DIM) return 0.0f;
     bool exists;
     const i64 offset = key_offset(p, keys, strides, row, exists);
-    valid &= exists;
+    valid &= exists || row < keys.needed;
     return exists ? to_float(base[offset + dim]) : 0.0f;
 }
 
@@ -75,12 +75,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
     const Tile tile = find_tile(p);
     if (tile.sequence < 0) return;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
-    const Keys keys = find_keys(p, tile.sequence, kv_head);
+    Keys keys = find_keys(p, tile, kv_head);
     const int shift = keys.length - tile.seqlen_q;
     const int x = threadIdx.x % SIDE, y = threadIdx.x / SIDE;
 
     const int last_row = min(tile.first_row + TILE_M, tile.seqlen_q * GROUP) - 1;
-    const int begin = visible_keys(p, tile.first_row / GROUP, shift, keys.length).begin / TILE_N;
+    keys.needed = visible_keys(p, tile.first_row / GROUP, shift, keys.length).begin;
+    const int begin = keys.needed / TILE_N;
     const int end = ceil_div(max(visible_keys(p, last_row / GROUP, shift, keys.length).end, 0), TILE_N);
 
     bool valid = !keys.bad;

@@ -107,7 +107,7 @@ __device__ __forceinline__ void load_keys(const ForwardParams& p, Keys& keys, in
             i64 offset = 0;
             if (exists) {
                 offset = key_offset(p, keys, strides, first + row, exists);
-                if (!exists) keys.bad = true;
+                if (!exists && first + row >= keys.needed) keys.bad = true;
             }
             copy_chunk(shared + chunk_offset(row, chunk), base + offset, chunk, exists);
         });
@@ -332,12 +332,13 @@ __device__ __forceinline__ Work find_work(const ForwardParams& p) {
     if (work.tile.sequence < 0) return work;
     const Tile& tile = work.tile;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
-    work.keys = find_keys(p, tile.sequence, kv_head);
+    work.keys = find_keys(p, tile, kv_head);
     const int seqlen_k = work.keys.length;
     const int shift = seqlen_k - tile.seqlen_q;
     const int last_row = min(tile.first_row + TILE_M, tile.seqlen_q * GROUP) - 1;
     const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
     const KeyRange last_sees = visible_keys(p, last_row / GROUP, shift, seqlen_k);
+    work.keys.needed = first_sees.begin;
     work.begin = first_sees.begin / TILE_N;
     work.end = ceil_div(max(last_sees.end, 0), TILE_N);
     work.whole_begin = ceil_div(last_sees.begin, TILE_N);

@@ -32,10 +32,18 @@ def test_tensor_core_kernel(arch, head_dim, family):
     _compile(FAMILIES[family](head_dim), arch, "forward_sm80")
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 40, 72, 80, 96, 100, 112, 160, 192, 224])
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 80, 96, 100, 112, 160, 192, 224])
 def test_every_tile_row_width(head_dim):
     """The swizzle has a case for each power of two in a row, and a head_dim that is no multiple of 16 is padded."""
     _compile(make_problem(head_dim), "90a", "forward_sm80")
+
+
+@pytest.mark.parametrize("arch", ["90a", "100a"])
+@pytest.mark.parametrize("head_dim", [80, 96, 112])
+@pytest.mark.parametrize("changes", [{}, {"alibi": "heads"}, {"softcap": 30.0}, {"alignment": 8}], ids=str)
+def test_widths_that_leave_few_registers(arch, head_dim, changes):
+    """Between the widths that tiles are made for, the same tile holds more accumulators."""
+    _compile(make_problem(head_dim, "paged", dtype="bfloat16", **changes), arch, "forward_sm80")
 
 
 @pytest.mark.parametrize("arch", ("70", *ARCHS))

@@ -91,3 +91,16 @@ def test_warmup_covers_prefill_decode_and_append():
     assert {name for name, _ in variants} == {"forward_sm80", "append_kv"}
     assert len(variants) == len(set(variants))
     assert any(dict(defines).get("GROUP") == 4 for _, defines in variants)
+
+
+def test_a_wrong_hint_never_overflows_the_rows_of_a_packed_group():
+    problem = make_problem(64, "packed", total_q=2**29, seqlen_q=1, num_heads=8, num_kv_heads=1)
+    assert plan(problem, DEVICES["90a"]).group == 1
+
+
+def test_a_grid_that_no_launch_can_have_is_refused():
+    problem = make_problem(
+        64, packed_q=False, batch=2**20, seqlen_q=2**10, total_q=2**30, num_heads=512, num_kv_heads=512
+    )
+    with pytest.raises(ValueError, match="q: got .* thread blocks, expected at most"):
+        plan(problem, DEVICES["90a"])

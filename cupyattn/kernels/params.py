@@ -11,7 +11,7 @@ from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
 _POINTERS = struct.Struct("<13Q")
-_SCALARS = struct.Struct("<13q14i2f")
+_SCALARS = struct.Struct("<13q13i2f4x")
 
 
 def scalars(problem: Problem, plan: Plan) -> bytes:
@@ -26,12 +26,11 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
         problem.batch,
         problem.num_heads,
         problem.num_kv_heads,
-        problem.total_q,
+        problem.total_q if problem.packed_q else 0,
         problem.seqlen_q,
         problem.seqlen_new,
         cache.entries,
         cache.rows,
-        cache.max_blocks,
         cache.table_stride,
         *plan.window,
         plan.tiles_per_sequence,

@@ -31,11 +31,11 @@ struct ForwardParams {
     i64 alibi_batch_stride;        // 0 when all sequences share the slopes
     int batch;
     int num_heads, num_kv_heads;
-    int total_q;                   // rows of q over the batch
+    int total_q;                   // rows of a packed q
     int seqlen_q;                  // rows of one sequence when q is dense
     int seqlen_new;                // keys appended by this call, added to seqused_k
     int cache_entries, cache_rows; // sequences or blocks held; rows one sequence can hold
-    int max_blocks, table_stride;
+    int table_stride;
     int window_left, window_right; // -1: unbounded
     int tiles_per_sequence;        // dense q
     int pairs_per_section;         // dense q: (sequence, head) pairs that are worked on together

@@ -15,10 +15,12 @@ struct Tile {
     int first_row; // of the tile, within its sequence
     int q_begin;   // first row of the sequence in a packed q
     int seqlen_q;
+    bool bad;      // cu_seqlens_q does not fit q: the result is NaN
 };
 
 struct Keys {
     int length;        // keys that the sequence's queries can see
+    int needed;        // the first of them that this tile's queries can see
     int padding;       // rows of a paged sequence in front of them
     const Element* k;  // row 0 of the head; of the whole cache when it is paged
     const Element* v;
@@ -26,16 +28,36 @@ struct Keys {
     bool bad;          // lengths or indices that do not fit the arrays: the result is NaN
 };
 
-// Packed q: every warp scans cu_seqlens_q, 32 sequences at a time, for the sequence that holds tile `tile`.
-// Entries are clamped to the array, so that no content of theirs leads outside it.
+// Whether cu_seqlens_q starts at 0, never decreases and stays within q. Every warp looks at all of it.
+__device__ __forceinline__ bool offsets_fit(const ForwardParams& p) {
+    bool fit = true;
+    for (int b = threadIdx.x % WARP_SIZE; b <= p.batch; b += WARP_SIZE) {
+        const int begin = p.cu_seqlens_q[b];
+        const int end = b < p.batch ? p.cu_seqlens_q[b + 1] : p.total_q;
+        fit &= begin <= end && (b > 0 || begin == 0);
+    }
+    return __all_sync(~0u, fit);
+}
+
+// Packed q: every warp scans cu_seqlens_q, 32 sequences at a time, for the sequence that holds tile `tile`. Offsets
+// that do not fit would lead outside q or leave rows out: then all rows are one sequence that is bad.
 __device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int tile) {
+    Tile found;
+    found.bad = !offsets_fit(p);
+    if (found.bad) {
+        found.sequence = static_cast<i64>(tile) * TILE_M < static_cast<i64>(p.total_q) * GROUP ? p.batch : -1;
+        found.q_begin = 0;
+        found.seqlen_q = p.total_q;
+        found.first_row = tile * TILE_M;
+        return found;
+    }
     const int lane = threadIdx.x % WARP_SIZE;
     int tiles_before = 0;
     for (int base = 0; base <= p.batch; base += WARP_SIZE) {
         const int b = base + lane;
-        const int begin = b <= p.batch ? clamp(p.cu_seqlens_q[b], 0, p.total_q) : p.total_q;
-        const int end = b < p.batch ? clamp(p.cu_seqlens_q[b + 1], 0, p.total_q) : p.total_q;
-        const int length = max(end - begin, 0);
+        const int begin = b <= p.batch ? p.cu_seqlens_q[b] : p.total_q;
+        const int end = b < p.batch ? p.cu_seqlens_q[b + 1] : p.total_q;
+        const int length = end - begin;
         const int tiles = ceil_div(length * GROUP, TILE_M);
         int through = tiles;
 #pragma unroll
@@ -48,7 +70,6 @@ __device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int til
             const int source = __ffs(holds) - 1;
             const int first = tiles_before + __shfl_sync(~0u, through - tiles, source);
             const int count = __shfl_sync(~0u, tiles, source);
-            Tile found;
             found.sequence = base + source;
             found.q_begin = __shfl_sync(~0u, begin, source);
             found.seqlen_q = __shfl_sync(~0u, length, source);
@@ -57,9 +78,8 @@ __device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int til
         }
         tiles_before += __shfl_sync(~0u, through, WARP_SIZE - 1);
     }
-    Tile none;
-    none.sequence = -1;
-    return none;
+    found.sequence = -1;
+    return found;
 }
 
 // The tile of this thread block. Tiles with the most keys under a causal mask (the last ones) come first, so
@@ -84,19 +104,22 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& p) {
     tile.first_row = (p.tiles_per_sequence - 1 - within / width) * TILE_M;
     tile.q_begin = 0;
     tile.seqlen_q = p.seqlen_q;
+    tile.bad = false;
 #endif
     return tile;
 }
 
 // Where one kv head's keys of a sequence lie, and how many. Contents that do not fit set `bad` and are clamped.
-__device__ __forceinline__ Keys find_keys(const ForwardParams& p, int sequence, int kv_head) {
+__device__ __forceinline__ Keys find_keys(const ForwardParams& p, const Tile& tile, int kv_head) {
+    const int sequence = tile.sequence;
     Keys keys;
     keys.length = 0;
+    keys.needed = 0;
     keys.padding = 0;
     keys.k = p.k + kv_head * p.k_strides.head;
     keys.v = p.v + kv_head * p.v_strides.head;
     keys.table = nullptr;
-    keys.bad = false;
+    keys.bad = tile.bad;
     if (sequence >= p.batch) return keys;
 
     int first = 0;
@@ -109,10 +132,14 @@ __device__ __forceinline__ Keys find_keys(const ForwardParams& p, int sequence, 
         if (CACHE_KIND == CACHE_PACKED) {
             first = clamp(begin, 0, p.cache_rows);
             capacity = clamp(end, first, p.cache_rows) - first;
-            keys.bad = first != begin || length != capacity;
+            keys.bad |= first != begin || length != capacity;
         }
     }
-    if (p.seqused_k != nullptr) length = p.seqused_k[sequence] + p.seqlen_new;
+    if (p.seqused_k != nullptr) {
+        const int used = p.seqused_k[sequence];
+        keys.bad |= used < 0 || used > capacity - p.seqlen_new;
+        length = clamp(used, 0, max(capacity - p.seqlen_new, 0)) + p.seqlen_new;
+    }
     if (CACHE_KIND == CACHE_DENSE) {
         entry = p.cache_batch_idx != nullptr ? p.cache_batch_idx[sequence] : sequence;
         if (entry < 0 || entry >= p.cache_entries) {
@@ -141,7 +168,8 @@ __device__ __forceinline__ Keys find_keys(const ForwardParams& p, int sequence, 
 }
 
 // The element offset of visible key `row` from Keys::k or Keys::v, whose strides these are. `valid` becomes false,
-// and the offset 0, for a block id outside the cache.
+// and the offset 0, for a block id outside the cache: an error, unless no query of the tile needs the row, as of
+// blocks that a sliding window has left behind.
 __device__ __forceinline__ i64 key_offset(const ForwardParams& p, const Keys& keys, const Strides& strides, int row, bool& valid) {
 #if CACHE_KIND == CACHE_PAGED
     row += keys.padding;
