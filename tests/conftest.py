@@ -145,12 +145,10 @@ def _cupy() -> Any:
 @cache
 def missing_gpu() -> str:
     """Why there is no CUDA device to test on, or ""."""
-    try:
-        return "" if _cupy().cuda.runtime.getDeviceCount() else "no CUDA device"
-    except ImportError:
-        return "CuPy is not installed"
-    except Exception as error:  # CuPy's own types, which cannot be named without it
-        return f"no CUDA device: {error}"
+    from cupyattn.cli.device import why_no_gpu
+
+    reason = why_no_gpu()
+    return f"needs an NVIDIA GPU; {reason}" if reason else ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -175,9 +173,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Drop combinations of parameters that nobody wants; skip what needs a GPU where there is none."""
     senseless = [item for item in items if not _makes_sense(item)]
-    if senseless:
-        config.hook.pytest_deselected(items=senseless)
-        items[:] = [item for item in items if item not in senseless]
+    if senseless:  # not reported as deselected: nobody left out a test that exists
+        left_out = set(senseless)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if item.get_closest_marker("gpu") and missing_gpu():
             item.add_marker(pytest.mark.skip(reason=missing_gpu()))
@@ -209,6 +207,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     if report.failed:
         report.sections.append(("Random seed", f"{SEED_VARIABLE}={os.environ[SEED_VARIABLE]} repeats this run's data"))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for all that was skipped, instead of one each; `pytest -rs` shows where they are."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in terminalreporter.stats.get("skipped", ())
+    )
+    if reasons:
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"{sum(reasons.values())} tests skipped: {listed}")
 
 
 # ------------------------------------------------------------------------------------------------------ record

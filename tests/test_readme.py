@@ -41,7 +41,7 @@ def test_python_block(block, tmp_path):
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
         if library == "cupy" and (reason := why_no_gpu()):
-            pytest.skip(reason)
+            pytest.skip(f"needs an NVIDIA GPU; {reason}")
     path = os.pathsep.join([str(Path(cupyattn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", block],
@@ -75,11 +75,18 @@ def test_options_exist():
 
 
 def test_setup_commands():
-    setup = [line for line in "".join(blocks("console")).splitlines() if "pip install" in line]
+    setup = [line for line in "".join(blocks("console")).splitlines() if "python -m venv" in line]
     assert len(setup) == 2
-    assert all("python -m venv" in line for line in setup)
+    assert all("pip install" in line for line in setup)
     assert setup[0].endswith("&& cupyattn demo")
     assert setup[1].endswith("&& pytest")
+
+
+def test_extras_exist():
+    declared = (ROOT / "pyproject.toml").read_text()
+    for extras in re.findall(r'"\.\[([\w,]+)\]"', README):
+        for extra in extras.split(","):
+            assert f"\n{extra} = [" in declared, extra
 
 
 def test_ci_installs_as_the_readme_says():

@@ -24,11 +24,11 @@ import ml_dtypes
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..attention import attention
-from .device import device_label, why_no_gpu
+from .device import NO_GPU, device_label, see_doctor, why_no_gpu
+from .progress import progress_bars
 from .tiles import sweep
 from .tolerance import tolerance_of
 
@@ -97,31 +97,47 @@ Results = dict[Cell, dict[str, Result]]
 
 
 def bench(
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all results here.", show_default=False)
+    ] = None,
     plot_path: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the grid into this file (needs matplotlib).")
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Draw the grid into this file (needs matplotlib).", show_default=False
+        ),
     ] = None,
     contenders: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; auto: all that can be imported except flashinfer, which compiles for minutes."
+            metavar="NAMES",
+            help="Some of cupyattn, fa2, cudnn, fa4 and flashinfer, with commas between; auto: all that can be "
+            "imported except flashinfer, which compiles for minutes.",
         ),
     ] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each cell is gone through.")] = 3,
-    quick: Annotated[bool, typer.Option(help="Only the six cells of 2048 tokens a sequence.")] = False,
-    host: Annotated[bool, typer.Option(help="Only the host time of a call.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each cell is gone through.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Only the six cells of 2048 tokens a sequence.")] = False,
+    host: Annotated[bool, typer.Option("--host", help="Only the host time of a call.")] = False,
     tiles_path: Annotated[
-        Path | None, typer.Option("--tiles", help="Compare tiles and grid orders instead, and write what came here.")
+        Path | None,
+        typer.Option(
+            "--tiles",
+            metavar="FILE",
+            help="Compare tiles and grid orders instead, and write what came here.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Measure prefill on 36 shapes against every peer that can be imported, and the host time of a call.
 
-    bfloat16, 16k tokens, heads * head_dim = 2048. A ratio over 1 means that cupyattn is faster. Exit code 1 means that
-    a result of cupyattn was wrong.
+    bfloat16, 16k tokens, heads * head_dim = 2048. A ratio over 1 means that cupyattn is faster.
+
+    Exit code 1 means that a result of cupyattn was wrong.
     """
     console = Console()
     if (reason := why_no_gpu()) is not None:
-        console.print(f"bench needs an NVIDIA GPU: {reason}. `cupyattn doctor` says what to do.", markup=False)
+        nothing = " There is nothing to mend. `cupyattn explain --arch 90` works here." if reason == NO_GPU else ""
+        text = f"bench needs an NVIDIA GPU; {reason}.{see_doctor(reason)}{nothing}"
+        console.print(text, markup=False, highlight=False)
         raise typer.Exit(2)
     import cupy
 
@@ -268,8 +284,7 @@ def measure(cupy: ModuleType, grid: tuple[Cell, ...], names: list[str], rounds: 
     ]
     timer = EventTimer(cupy)
     results: Results = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("", total=len(grid))
         for cell in grid:
             progress.update(task, description=str(cell))

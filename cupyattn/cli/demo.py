@@ -14,13 +14,13 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..attention import append_kv, attention_varlen, attention_with_kvcache
 from ..explain import explain
 from .device import Device, Precision, array_module, device_label, dtype_of, synchronize, to_host
 from .model import VOCABULARY, Array, Config, Decoder
+from .progress import progress_bars
 from .tolerance import tolerance_of
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 640
@@ -115,22 +115,29 @@ def demo(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FILES]...", help="Text to cut requests from.", show_default="a text that ships with cupyattn"
+            metavar="FILES", help="Text to cut requests from.", show_default="a text that ships with cupyattn"
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto: the GPU if there is one.")] = Device.auto,
-    requests: Annotated[int, typer.Option(min=1, help="How many requests are served together.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Bytes generated for each request.")] = 64,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens held by one cache block.")] = 16,
+    device: Annotated[
+        Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: the GPU if there is one.")
+    ] = Device.auto,
+    requests: Annotated[int, typer.Option(min=1, metavar="N", help="How many requests are served together.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Bytes generated for each request.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens held by one cache block.")] = 16,
     dtype: Annotated[
-        Precision, typer.Option(help="auto: float32 on a CPU, bfloat16 or float16 on a GPU.")
+        Precision,
+        typer.Option(
+            metavar="DTYPE",
+            help="float16, bfloat16, float32, or auto: float32 on a CPU, bfloat16 or float16 on a GPU.",
+        ),
     ] = Precision.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, the cuts and the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the weights, the cuts and the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Serve text from a paged KV cache: packed prefill, paged decode, every attention output checked.
 
     The model is a small byte-level decoder with random weights, so what it writes is noise; the attention is real.
+
     Exit code 1 means that an output was further from a float64 oracle than its dtype allows.
     """
     xp = array_module(device)
@@ -139,7 +146,7 @@ def demo(
     if as_json:
         typer.echo(json.dumps(asdict(report) | {"passed": report.passed}, indent=2))
     else:
-        show(report)
+        show(report, own_text=bool(paths))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -186,8 +193,7 @@ def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, 
     held = needed + needed // 4  # a server keeps some room
 
     trace = Trace()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bars() as progress:
 
         def one_pass(title: str, recorder: Trace | None) -> Served:
             task = progress.add_task(title, total=new_tokens)
@@ -215,7 +221,7 @@ def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, 
         prefill_seconds=served.prefill_seconds,
         decode_seconds=served.decode_seconds,
         prefill_tokens_per_second=prompt_tokens / served.prefill_seconds,
-        decode_tokens_per_second=decoded / served.decode_seconds,
+        decode_tokens_per_second=decoded / served.decode_seconds if decoded else 0.0,
         block_size=block_size,
         blocks_used=served.blocks_used,
         blocks_held=held,
@@ -329,30 +335,61 @@ def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int]) -> Check:
     return Check(out.size, error, tolerance_of(v))
 
 
-def show(report: Report) -> None:
-    """Print the report as a table, and what was served."""
-    console = Console()
+def show(report: Report, own_text: bool) -> None:
+    """Print the report as a table, what was served, the verdict and what to do next."""
+    console = Console(highlight=False)
     table = Table(title=f"cupyattn demo on {report.device}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    error = f"{report.largest_error:.2e}, tolerance {report.tolerance:.2e}"
-    verdict = "[green]ok[/]" if report.largest_error <= report.tolerance else "[red]too large[/]"
+    decode, kernels = "none: prefill gives each request its first token", f"{report.prefill_kernel} (prefill)"
+    if report.decode_tokens_per_second:
+        decode = _pace(report.decode_seconds, report.decode_tokens_per_second)
+        kernels += f", {report.decode_kernel} (decode)"
+    size = report.block_size
+    judged = "[green]ok[/]" if report.largest_error <= report.tolerance else "[red]too large[/]"
     for name, value in (
-        ("requests", f"{report.requests}"),
-        ("prompt tokens", f"{report.prompt_tokens}"),
-        ("generated tokens", f"{report.generated_tokens}"),
-        ("prefill", f"{report.prefill_seconds * 1e3:.1f} ms, {report.prefill_tokens_per_second:.0f} tokens/s"),
-        ("decode", f"{report.decode_seconds * 1e3:.1f} ms, {report.decode_tokens_per_second:.0f} tokens/s"),
-        ("blocks used", f"{report.blocks_used} of {report.blocks_held} held, {report.block_size} tokens each"),
-        ("kernels", f"{report.prefill_kernel} (prefill), {report.decode_kernel} (decode), {report.dtype}"),
-        ("largest error", f"{error}: {verdict} ({report.checked_outputs} outputs against float64)"),
+        ("requests", f"{report.requests:,}"),
+        ("prompt tokens", f"{report.prompt_tokens:,}"),
+        ("generated tokens", f"{report.generated_tokens:,}"),
+        ("prefill", _pace(report.prefill_seconds, report.prefill_tokens_per_second)),
+        ("decode", decode),
+        ("KV cache", f"{report.blocks_used:,} of {report.blocks_held:,} blocks in the pool used, {size} tokens each"),
+        ("kernels", f"{kernels}, {report.dtype}"),
+        ("largest error", f"{report.largest_error:.1e}, tolerance {report.tolerance:.1e}: {judged}"),
         ("second pass", "[green]the same tokens[/]" if report.repeatable else "[red]other tokens than the first[/]"),
     ):
         table.add_row(name, value)
     console.print(table)
     console.print("One request and its answer (noise: the weights are random, only the attention is real):")
     for text, style in ((" ".join(report.sample_prompt.split()), "bold"), (report.sample_answer, "")):
-        console.print(f"  {text!r}", style=style, markup=False, highlight=False)
+        console.print(f"  {text!r}", style=style, markup=False)
+    for line, style in zip((verdict(report), next_step(report, own_text)), ("bold", ""), strict=True):
+        console.print(f"\n{line}", style=style, markup=False, soft_wrap=True)
+
+
+def verdict(report: Report) -> str:
+    """PASS or FAIL, and what was compared with what."""
+    outputs, limit = f"{report.checked_outputs:,} attention outputs", f"(tolerance {report.tolerance:.1e})"
+    if report.passed:
+        return f"PASS: {outputs} within {report.largest_error:.1e} of float64 {limit}"
+    if not report.repeatable:
+        return "FAIL: the second pass gave other tokens than the first"
+    return f"FAIL: {outputs}, off by up to {report.largest_error:.1e} from float64 {limit}"
+
+
+def next_step(report: Report, own_text: bool) -> str:
+    """What to do after the demo."""
+    if not report.passed:
+        return "Next: cupyattn doctor looks for the cause on this machine."
+    if not own_text:
+        return "Next: cupyattn demo FILE serves your own text; README.md has first examples in Python."
+    return "Next: README.md has first examples in Python; cupyattn explain shows what a call runs, and why."
+
+
+def _pace(seconds: float, tokens_per_second: float) -> str:
+    """Three digits: the rest is noise."""
+    milliseconds = float(f"{seconds * 1e3:.3g}")
+    return f"{milliseconds:,g} ms, {float(f'{tokens_per_second:.3g}'):,.0f} tokens/s"
 
 
 def _sampling_noise(xp: ModuleType, batch: int, steps: int, seed: int) -> Array:

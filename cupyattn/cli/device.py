@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 
 import ml_dtypes
 import numpy as np
 import typer
+
+NO_GPU = "this machine has none (no driver, no NVIDIA device)"
 
 
 class Device(str, Enum):
@@ -28,16 +33,50 @@ class Precision(str, Enum):
 
 
 def why_no_gpu() -> str | None:
-    """Why no array can be put on a GPU here, in one sentence; None if one can."""
+    """Why no array can be put on a GPU here, to follow "needs an NVIDIA GPU;", or None if one can.
+
+    NO_GPU means that there is nothing to mend. For all other reasons `cupyattn doctor` has a command.
+    """
+    if driver_cuda_version() is None and not nvidia_hardware():
+        return NO_GPU
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}); the extra cu12 or cu13 brings it"
+        return f"CuPy cannot be imported ({error})"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CuPy finds no CUDA device ({error})"
     return None if count else "CuPy finds no CUDA device"
+
+
+def see_doctor(reason: str) -> str:
+    """Where to read on about a reason that `why_no_gpu` gave: nowhere if there is nothing to mend."""
+    return "" if reason == NO_GPU else " `cupyattn doctor` says what to do."
+
+
+def driver_cuda_version() -> int | None:
+    """The newest CUDA that the driver supports, 13000 for 13.0; None without a driver. Needs no CuPy."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def nvidia_hardware() -> bool:
+    """Whether Linux sees an NVIDIA GPU, with or without a driver for it."""
+    if Path("/dev/nvidiactl").exists():
+        return True
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):
+            return True
+    return False
 
 
 def array_module(device: Device) -> ModuleType:
@@ -50,7 +89,9 @@ def array_module(device: Device) -> ModuleType:
 
         return cupy
     if device is Device.cuda:
-        raise typer.BadParameter(f"got cuda, expected a device that works here: {reason}. `cupyattn doctor` says more.")
+        raise typer.BadParameter(
+            f"cuda needs an NVIDIA GPU; {reason}.{see_doctor(reason) or ' --device cpu works.'}", param_hint="--device"
+        )
     return np
 
 

@@ -6,7 +6,6 @@ the exit code, since with it alone the main job runs.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,6 +13,8 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..jit import cache, compile
+from .device import driver_cuda_version, nvidia_hardware
 
 OK, NOTE, FAIL = "ok", "note", "fail"
 STYLES = {OK: "green", NOTE: "yellow", FAIL: "bold red"}
-INSTALL = 'pip install "cupyattn[cu12]"'
+INDENT = 20
 COMPILED_ONLY = (75, 80, 86, 89, 100, 120)
 TRIVIAL = 'extern "C" __global__ void trivial(float* x) { x[threadIdx.x] = 1; }\n'
 
@@ -57,12 +59,23 @@ def doctor() -> None:
         for line in found:
             show(line, console)
         lines += found
-    works = any(line.name == BACKEND and line.state == OK for line in lines)
-    faults = sum(line.state == FAIL for line in lines)
-    verdict = "The main job runs here: try cupyattn demo." if works else "The main job cannot run here."
-    console.print(f"\n{verdict}" + (f" {faults} of {len(lines)} checks failed." if faults else ""))
-    if not works:
+    console.print(f"\n{verdict(lines)}")
+    if not works(lines):
         raise typer.Exit(1)
+
+
+def works(lines: list[Line]) -> bool:
+    return any(line.name == BACKEND and line.state == OK for line in lines)
+
+
+def verdict(lines: list[Line]) -> str:
+    """What the findings come to, in one or two sentences."""
+    faults = sum(line.state == FAIL for line in lines)
+    failed = f" {faults} of {len(lines)} checks failed: the lines marked fail say what to run." if faults else ""
+    if not works(lines):
+        return f"cupyattn does not work here.{failed}"
+    gpu = any(line.name.startswith("cuda:") and line.state == OK and line.text.startswith(RAN) for line in lines)
+    return f"cupyattn works here, {'on the GPU and ' if gpu else ''}on NumPy.{failed} Try: cupyattn demo"
 
 
 def examine(name: str, check: Callable[[], Iterator[Line]]) -> list[Line]:
@@ -76,19 +89,26 @@ def examine(name: str, check: Callable[[], Iterator[Line]]) -> list[Line]:
 
 
 def show(line: Line, console: Console) -> None:
-    """Print a line and below it the command, unbroken so that it can be copied."""
-    head = Text.assemble((f"{line.state:6}", STYLES[line.state]), f"{line.name:14}", line.text)
-    console.print(head, soft_wrap=True)
+    """Print a line, broken between words, and below it the command, unbroken so that it can be copied."""
+    room = max(console.width - INDENT, 20)
+    first, *rest = textwrap.wrap(line.text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    console.print(Text.assemble((f"{line.state:6}", STYLES[line.state]), f"{line.name:14}", first), soft_wrap=True)
+    for text in rest:
+        console.print(Text(" " * INDENT + text), soft_wrap=True)
     if line.mend:
         label = "mend: " if line.state == FAIL else "if wanted: "
-        console.print(Text.assemble(" " * 20, (label, "bold"), line.mend), soft_wrap=True)
+        console.print(Text.assemble(" " * INDENT, (label, "bold"), line.mend), soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
 
 
 def check_python() -> Iterator[Line]:
-    yield Line(OK, "Python", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+    from .. import __version__
+
+    yield Line(OK, "cupyattn", f"{__version__} at {Path(__file__).parents[1]}")
+    system = f"{platform.system()} {platform.machine()}"
+    yield Line(OK, "Python", f"{platform.python_version()} at {sys.executable}, {system}")
     old = int(np.__version__.split(".")[0]) < 2
     yield Line(FAIL if old else OK, "NumPy", np.__version__, 'pip install -U "numpy>=2"' if old else "")
 
@@ -97,18 +117,18 @@ def check_cupy() -> Iterator[Line]:
     wheels = cupy_wheels()
     if len(wheels) > 1:
         both = f"{' and '.join(wheels)} are installed together and overwrite each other"
-        yield Line(FAIL, "CuPy", both, f"pip uninstall -y {' '.join(wheels)} && {INSTALL}")
+        yield Line(FAIL, "CuPy", both, f"pip uninstall -y {' '.join(wheels)} && {install()}")
     cp = cupy()
     if cp is None:
         if wheels or importlib.util.find_spec("cupy"):
             yield Line(FAIL, "CuPy", f"installed, but cannot be imported: {why_no_cupy()}", reinstall())
         elif nvidia_hardware():
-            yield Line(FAIL, "CuPy", "not installed, so the GPU here cannot be used", INSTALL)
+            yield Line(FAIL, "CuPy", "not installed, so the GPU here cannot be used", install())
         else:
-            yield Line(NOTE, "CuPy", "not installed; only GPU arrays and compiling for GPUs need it", INSTALL)
+            yield Line(NOTE, "CuPy", "not installed; only GPU arrays and compiling for GPUs need it", install())
         return
     if int(cp.__version__.split(".")[0]) < 14:
-        yield Line(FAIL, "CuPy", f"{cp.__version__}: 14 or newer is needed", f'pip install -U "cupyattn[{extra()}]"')
+        yield Line(FAIL, "CuPy", f"{cp.__version__}: 14 or newer is needed", install())
     else:
         yield Line(OK, "CuPy", f"{cp.__version__} for CUDA {dotted(cp.cuda.runtime.runtimeGetVersion())}")
 
@@ -126,7 +146,7 @@ def check_driver() -> Iterator[Line]:
         yield Line(OK, "driver", f"supports CUDA up to {dotted(version)}")
     else:
         older = f"supports CUDA up to {dotted(version)}, and this CuPy is for {dotted(runtime)}"
-        swap = f"pip uninstall -y {' '.join(cupy_wheels())} && {INSTALL}"
+        swap = f"pip uninstall -y {' '.join(cupy_wheels())} && {compile.INSTALL[12]}"
         yield Line(FAIL, "driver", older, swap if version >= 12000 else driver_mend())
 
 
@@ -140,8 +160,8 @@ def check_gpus() -> Iterator[Line]:
         count, reason = 0, str(error)
     else:
         reason = "CuPy finds none"
-    if not count and not nvidia_hardware():
-        yield Line(NOTE, "GPU", "none: GPU kernels can be compiled here (cupyattn warmup --arch), not run")
+    if not count and not nvidia_hardware() and driver_cuda_version() is None:
+        yield Line(NOTE, "GPU", "none; kernels compile anyway: cupyattn warmup --arch 90")
     elif not count:
         hidden = "CUDA_VISIBLE_DEVICES" in os.environ
         yield Line(FAIL, "GPU", reason, "unset CUDA_VISIBLE_DEVICES" if hidden else driver_mend())
@@ -180,7 +200,7 @@ def check_cache() -> Iterator[Line]:
     elsewhere = f'export {cache.VARIABLE}="$HOME/.cupyattn"'
     if there == path and (weakness := cache.weakness(path.stat())):
         yield Line(FAIL, "kernel cache", f"{path} is refused: {weakness}", cache.mend(path))
-    elif not (there.is_dir() and os.access(there, os.W_OK)):
+    elif not can_write(there):
         yield Line(FAIL, "kernel cache", f"{path} cannot be written: every process compiles again", elsewhere)
     elif there != path:
         yield Line(OK, "kernel cache", f"{path}, made when the first kernel is compiled")
@@ -216,7 +236,7 @@ def check_jax() -> Iterator[Line]:
         array = jax.device_put(np.zeros(8, np.float32), jax.devices("gpu" if on_gpu else "cpu")[0])
         return array, array.unsafe_buffer_pointer()
 
-    yield sharing("jax", jax.__version__, gpu, make, f'pip install -U "jax[cuda{extra()[2:]}]"')
+    yield sharing("jax", jax.__version__, gpu, make, f'pip install -U "jax[cuda{cuda_major()}]"')
 
 
 def check_backend() -> Iterator[Line]:
@@ -228,24 +248,34 @@ def check_backend() -> Iterator[Line]:
     milliseconds = (time.perf_counter() - start) * 1e3
     good = error < 1e-5
     text = f"largest error {error:.1e} against float64 in a tiny causal attention, {milliseconds:.0f} ms"
-    yield Line(OK if good else FAIL, BACKEND, text, "" if good else "pip install --force-reinstall numpy cupyattn")
+    yield Line(OK if good else FAIL, BACKEND, text, "" if good else "pip install --force-reinstall numpy")
 
 
-BACKEND = "NumPy backend"
+BACKEND, RAN = "NumPy backend", "runs"
 CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
     "Python": check_python,
-    "CuPy": check_cupy,
+    BACKEND: check_backend,
     "driver": check_driver,
+    "CuPy": check_cupy,
+    "GPU": check_gpus,
     "NVRTC": check_nvrtc,
     "kernel cache": check_cache,
-    "GPU": check_gpus,
     "torch": check_torch,
     "jax": check_jax,
-    BACKEND: check_backend,
 }
 
 
 # ------------------------------------------------------------------------------------------------------- parts
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a file can be made there. It is tried: the rights alone do not show a read-only or full disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"cupyattn")
+        return True
+    except OSError:
+        return False
 
 
 def support(capability: int) -> str:
@@ -276,7 +306,7 @@ def run_on_gpu(device: int) -> Line:
         mend = cache.mend(cache.location()) if isinstance(error, cache.CacheRefused) else reinstall()
         return Line(FAIL, name, f"attention fails: {type(error).__name__}: {first_line(error)}", mend)
     error = float(np.abs(out.astype(np.float64) - expected).max())
-    text = f"largest error {error:.1e} against float64 in a tiny float16 attention, first call {seconds:.2f} s"
+    text = f"{RAN} a tiny float16 attention: largest error {error:.1e} against float64, first call {seconds:.2f} s"
     return Line(OK if error < 1e-2 else FAIL, name, text, "" if error < 1e-2 else reinstall())
 
 
@@ -351,38 +381,18 @@ def cupy_wheels() -> list[str]:
     return sorted(name for name in names if name.lower() == "cupy" or name.lower().startswith("cupy-"))
 
 
-def extra() -> str:
-    """The extra that fits the CuPy that is installed; cu12 where none is."""
-    return "cu13" if any("cuda13" in name for name in cupy_wheels()) else "cu12"
+def cuda_major() -> int:
+    """The CUDA that the installed CuPy is for; 12 where none is, or two are."""
+    return 13 if [name for name in cupy_wheels() if "cuda1" in name] == ["cupy-cuda13x"] else 12
+
+
+def install() -> str:
+    """The command that brings CuPy and the compiler."""
+    return compile.INSTALL[cuda_major()]
 
 
 def reinstall() -> str:
-    return f'pip install --force-reinstall "cupyattn[{extra()}]"'
-
-
-def driver_cuda_version() -> int | None:
-    """The newest CUDA that the driver supports, 13000 for 13.0; None without a driver. Needs no CuPy."""
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
-
-
-def nvidia_hardware() -> bool:
-    """Whether Linux sees an NVIDIA GPU, with or without a driver for it."""
-    if Path("/dev/nvidiactl").exists():
-        return True
-    for device in Path("/sys/bus/pci/devices").glob("*"):
-        try:
-            if (device / "vendor").read_text().strip() == "0x10de" and (device / "class").read_text().startswith(
-                "0x03"
-            ):
-                return True
-        except OSError:
-            continue
-    return False
+    return install().replace("pip install", "pip install --force-reinstall")
 
 
 def driver_mend() -> str:

@@ -16,6 +16,12 @@ Defines = tuple[tuple[str, str | int], ...]
 
 MIN_CAPABILITY = 70
 
+# What the extras cu12 and cu13 install, as commands that work wherever this package came from.
+INSTALL = {
+    12: 'pip install "cupy-cuda12x>=14" nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12',
+    13: 'pip install "cupy-cuda13x>=14" "nvidia-cuda-nvrtc<14" "nvidia-cuda-runtime<14"',
+}
+
 
 class CompileError(RuntimeError):
     """NVRTC refused a kernel. Holds the kernel's name, the options and the compiler's log, and shows all three."""
@@ -65,7 +71,7 @@ class Compiled:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """(major, minor) of the NVRTC that compiles here. Raises ImportError naming the extra that brings it."""
+    """(major, minor) of the NVRTC that compiles here. Raises ImportError with the command that brings it."""
     return _nvrtc().getVersion()
 
 
@@ -148,15 +154,15 @@ def _nvrtc():
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
-        raise ImportError(f'compiling kernels needs CuPy ({error}): pip install "cupyattn[cu12]"') from error
+        raise ImportError(f"compiling kernels needs CuPy ({error}): {INSTALL[12]}") from error
     try:
         nvrtc.getVersion()
     except RuntimeError as error:
         from cupy_backends.cuda.api.runtime import runtimeGetVersion
 
-        extra = f"cu{runtimeGetVersion() // 1000}"
         reason = str(error).split(",")[0].strip()
-        raise ImportError(f'compiling kernels needs libnvrtc ({reason}): pip install "cupyattn[{extra}]"') from error
+        install = INSTALL.get(runtimeGetVersion() // 1000, INSTALL[12])
+        raise ImportError(f"compiling kernels needs libnvrtc ({reason}): {install}") from error
     return nvrtc
 
 
@@ -167,5 +173,5 @@ def _unsupported(number: int, known: tuple[int, ...]) -> str:
     major, minor = nvrtc_version()
     listed = ", ".join(map(str, known))
     newer = f"pip install -U nvidia-cuda-nvrtc{'-cu12' if major == 12 else ''}"
-    mend = 'pip install "cupyattn[cu12]"' if number < min(known) else newer
+    mend = INSTALL[12] if number < min(known) else newer
     return f"arch: got {capability}, expected one that NVRTC {major}.{minor} compiles for ({listed}): {mend}"

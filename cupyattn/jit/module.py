@@ -79,5 +79,7 @@ def _cupy():
     try:
         import cupy
     except ImportError as error:
-        raise ImportError(f'GPU arrays need CuPy ({error}): pip install "cupyattn[cu12]"') from error
+        from .compile import INSTALL
+
+        raise ImportError(f"GPU arrays need CuPy ({error}): {INSTALL[12]}") from error
     return cupy

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cupyattn.cli import app, bench
 from cupyattn.cli.bench import GRID, OURS, Cell, Result
-from cupyattn.cli.device import why_no_gpu
+from cupyattn.cli.device import NO_GPU
 
 
 def results() -> bench.Results:
@@ -100,11 +100,19 @@ def test_missing_contender(monkeypatch):
     assert "fa4" not in bench.choose("auto", Console(quiet=True))
 
 
-@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(bench, "why_no_gpu", lambda: NO_GPU)
     result = invoke("--quick")
     assert result.exit_code == 2
-    assert "bench needs an NVIDIA GPU" in result.output and "cupyattn doctor" in result.output
+    assert f"bench needs an NVIDIA GPU; {NO_GPU}. There is nothing to mend." in result.output
+    assert "cupyattn explain --arch 90" in result.output and "doctor" not in result.output
+
+
+def test_with_a_gpu_that_does_not_work_it_names_the_doctor(monkeypatch):
+    monkeypatch.setattr(bench, "why_no_gpu", lambda: "CuPy finds no CUDA device")
+    result = invoke("--quick")
+    assert result.exit_code == 2
+    assert "CuPy finds no CUDA device. `cupyattn doctor` says what to do." in result.output
 
 
 @pytest.mark.gpu

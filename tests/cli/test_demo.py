@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from cupyattn import attention_varlen
-from cupyattn.cli import app, demo
+from cupyattn.cli import app, demo, device
 from cupyattn.cli.device import why_no_gpu
 from cupyattn.cli.model import Config, Decoder
 
@@ -37,14 +38,20 @@ def test_table_names_everything():
         "prefill",
         "decode",
         "tokens/s",
-        "blocks used",
-        "held",
+        "blocks in the pool used",
         "kernels",
         "largest error",
         "tolerance",
         "weights are random",
+        "Next: cupyattn demo FILE",
     ):
         assert word in result.stdout, word
+    assert re.search(
+        r"^PASS: [\d,]+ attention outputs within \d\.\de-\d\d of float64 \(tolerance \d\.\de-\d\d\)$",
+        result.stdout,
+        re.M,
+    )
+    assert result.stderr == "", "no progress bars where standard error is no terminal"
 
 
 def test_report_adds_up():
@@ -89,6 +96,8 @@ def test_seed_changes_the_answers():
 def test_one_token_and_one_request():
     found = report(*CPU, "--requests", 1, "--new-tokens", 1)
     assert found["generated_tokens"] == 1 and found["decode_tokens_per_second"] == 0
+    table = invoke(*CPU, "--requests", 1, "--new-tokens", 1).stdout
+    assert "none: prefill gives" in table and "(decode)" not in table and " 0 tokens/s" not in table
 
 
 def test_serving_equals_the_model_without_a_cache():
@@ -122,7 +131,7 @@ def test_wrong_attention_is_noticed(monkeypatch):
     monkeypatch.setattr(demo, "attention_with_kvcache", wrong)
     result = invoke(*CPU, *SMALL)
     assert result.exit_code == 1
-    assert "too large" in result.stdout
+    assert "too large" in result.stdout and "FAIL: " in result.stdout and "cupyattn doctor" in result.stdout
 
 
 def test_wrong_append_is_noticed(monkeypatch):
@@ -186,11 +195,16 @@ def test_bad_options(arguments):
     assert invoke(*arguments).exit_code == 2
 
 
-@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
-def test_cuda_without_a_gpu():
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [(device.NO_GPU, "--device cpu works"), ("CuPy is broken", "`cupyattn doctor` says what to do")],
+)
+def test_cuda_without_a_gpu(monkeypatch, reason, advice):
+    monkeypatch.setattr(device, "why_no_gpu", lambda: reason)
     result = invoke("--device", "cuda")
     assert result.exit_code == 2
-    assert "cupyattn doctor" in " ".join(result.output.replace("│", " ").split())
+    words = " ".join(result.output.replace("│", " ").split())
+    assert "--device: cuda needs an NVIDIA GPU" in words and f"{reason}. {advice}" in words
 
 
 @pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")

@@ -61,7 +61,17 @@ def test_it_runs_here_and_says_what_works():
     assert result.exit_code == 0, result.output
     for name in doctor.CHECKS:
         assert name in result.output or (name == "GPU" and "cuda:0" in result.output)
-    assert "The main job runs here" in result.output
+    assert "cupyattn works here" in result.output and "Try: cupyattn demo" in result.output
+    text = [line for line in result.output.splitlines() if not line.strip().startswith(("mend:", "if wanted:"))]
+    assert all(len(line) <= 60 or " " not in line[20:] for line in text)
+
+
+def test_verdict():
+    fine = [doctor.Line(doctor.OK, doctor.BACKEND, "good"), doctor.Line(doctor.OK, "cuda:0", f"{doctor.RAN} well")]
+    assert doctor.verdict(fine) == "cupyattn works here, on the GPU and on NumPy. Try: cupyattn demo"
+    assert doctor.verdict(fine[:1]) == "cupyattn works here, on NumPy. Try: cupyattn demo"
+    assert "1 of 2 checks failed" in doctor.verdict([fine[0], doctor.Line(doctor.FAIL, "driver", "old", "new")])
+    assert doctor.verdict([doctor.Line(doctor.FAIL, doctor.BACKEND, "bad")]).startswith("cupyattn does not work here.")
 
 
 def test_it_runs_without_cupy(monkeypatch):
@@ -72,10 +82,10 @@ def test_it_runs_without_cupy(monkeypatch):
     for hardware, state in ((True, doctor.FAIL), (False, doctor.NOTE)):
         monkeypatch.setattr(doctor, "nvidia_hardware", lambda hardware=hardware: hardware)
         (line,) = lines(doctor.check_cupy)
-        assert line.state == state and line.mend == 'pip install "cupyattn[cu12]"'
+        assert line.state == state and line.mend == compile.INSTALL[12]
         result = invoke()
         assert result.exit_code == 0, result.output
-        assert 'pip install "cupyattn[cu12]"\n' in result.output  # unbroken at 60 columns, and not eaten as markup
+        assert f"{compile.INSTALL[12]}\n" in result.output  # unbroken at 60 columns, and not eaten as markup
 
 
 def test_importing_it_loads_no_library_of_arrays():
@@ -89,7 +99,7 @@ def test_a_wrong_numpy_backend_decides_the_exit_code(monkeypatch):
     module = importlib.import_module("cupyattn.attention")  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "attention", lambda q, k, v, causal: np.zeros_like(q))
     result = invoke()
-    assert result.exit_code == 1 and "cannot run here" in result.output
+    assert result.exit_code == 1 and "does not work here" in result.output
     monkeypatch.setattr(module, "attention", lambda q, k, v, causal: 1 / 0)
     assert invoke().exit_code == 1
 
@@ -111,16 +121,16 @@ def test_cupy_faults(monkeypatch):
     stand_in(monkeypatch)
     both, fine = lines(doctor.check_cupy)
     assert both.state == doctor.FAIL
-    assert both.mend == 'pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install "cupyattn[cu12]"'
+    assert both.mend == f"pip uninstall -y cupy-cuda12x cupy-cuda13x && {compile.INSTALL[12]}"
     assert fine == doctor.Line(doctor.OK, "CuPy", "14.2.0 for CUDA 12.9")
     monkeypatch.setattr(doctor, "cupy_wheels", lambda: ["cupy-cuda13x"])
     stand_in(monkeypatch, version="13.6.0")
     (old,) = lines(doctor.check_cupy)
-    assert old.state == doctor.FAIL and old.mend == 'pip install -U "cupyattn[cu13]"'
+    assert old.state == doctor.FAIL and old.mend == compile.INSTALL[13]
     monkeypatch.setattr(doctor, "cupy", lambda: None)
     monkeypatch.setattr(doctor, "why_no_cupy", lambda: "undefined symbol")
     (broken,) = lines(doctor.check_cupy)
-    assert broken.state == doctor.FAIL and "undefined symbol" in broken.text and "cu13" in broken.mend
+    assert broken.state == doctor.FAIL and "undefined symbol" in broken.text and "cuda13x" in broken.mend
 
 
 def test_driver_faults(monkeypatch):
@@ -129,7 +139,7 @@ def test_driver_faults(monkeypatch):
     stand_in(monkeypatch, runtime=13000)
     for version, state, mend in (
         (13020, doctor.OK, ""),
-        (12080, doctor.FAIL, 'pip uninstall -y cupy-cuda13x && pip install "cupyattn[cu12]"'),
+        (12080, doctor.FAIL, f"pip uninstall -y cupy-cuda13x && {compile.INSTALL[12]}"),
         (11040, doctor.FAIL, "get a driver"),
     ):
         monkeypatch.setattr(doctor, "driver_cuda_version", lambda version=version: version)
@@ -160,6 +170,7 @@ def test_gpu_lines(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert lines(doctor.check_gpus)[0].mend == "unset CUDA_VISIBLE_DEVICES"
     monkeypatch.setattr(doctor, "nvidia_hardware", lambda: False)
+    monkeypatch.setattr(doctor, "driver_cuda_version", lambda: None)
     assert lines(doctor.check_gpus)[0].state == doctor.NOTE
 
 
@@ -184,14 +195,14 @@ def test_nvrtc_faults(monkeypatch):
         patch.setattr(compile, "nvrtc_version", lambda: (13, 5))
         patch.setattr(compile, "supported_archs", lambda: (75, 80, 90))
         (line,) = lines(doctor.check_nvrtc)
-        assert line.state == doctor.FAIL and "7.0" in line.text and line.mend == 'pip install "cupyattn[cu12]"'
+        assert line.state == doctor.FAIL and "7.0" in line.text and line.mend == compile.INSTALL[12]
 
     def missing():
-        raise ImportError('compiling kernels needs libnvrtc (no such file): pip install "cupyattn[cu13]"')
+        raise ImportError(f"compiling kernels needs libnvrtc (no such file): {compile.INSTALL[13]}")
 
     monkeypatch.setattr(compile, "nvrtc_version", missing)
     (line,) = lines(doctor.check_nvrtc)
-    assert line.state == doctor.FAIL and "libnvrtc" in line.text and line.mend == 'pip install "cupyattn[cu13]"'
+    assert line.state == doctor.FAIL and "libnvrtc" in line.text and line.mend == compile.INSTALL[13]
 
 
 def test_cache_lines(home, monkeypatch):
@@ -207,7 +218,11 @@ def test_cache_lines(home, monkeypatch):
         (line,) = lines(doctor.check_cache)
         assert line.state == doctor.FAIL and line.mend == f"chmod 700 '{home}'"
         home.chmod(0o700)
-    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    def read_only(**_):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", read_only)
     (line,) = lines(doctor.check_cache)
     assert line.state == doctor.FAIL and line.mend.startswith(f"export {cache.VARIABLE}=")
 

@@ -41,6 +41,15 @@ def test_options_reach_the_call(monkeypatch):
     assert (seen["window"], seen["softcap"], seen["arch"], seen["causal"]) == ((-1, 5), 30.0, "80", False)
 
 
+@pytest.mark.parametrize("name", ["90", "90a", "sm_90", "sm_90a", "9.0"])
+def test_an_architecture_has_many_names(monkeypatch, name):
+    def spy(*arrays, **options):
+        raise ValueError(f"asked for {options['arch']}")
+
+    monkeypatch.setattr(explain, "explain_call", spy)
+    assert "asked for 90a" in invoke("--arch", name).output
+
+
 def test_absent_chip_as_json():
     pytest.importorskip("cupy")
     result = invoke("--arch", "80", "--seqlen-q", 512, "--causal", "--json")

@@ -48,11 +48,34 @@ def test_it_compiles_once_and_finds_it_again(variants):
     first = invoke("--arch", 80, "--arch", "86")
     assert first.exit_code == 0, first.output
     assert variants == [(arch, (64, 128), ("float16", "bfloat16")) for arch in ("80", "86")]
-    assert "8 compiled, 0 were there already, 0 failed" in first.output and "8/8" in first.output
-    assert first.output.count("DTYPE=7 HEAD_DIM=64") == 2 and "SAME" not in first.output
+    assert "8 compiled, 0 were there already, 0 failed" in first.output
+    assert first.output.count("hd 64 ") == 4 and "SAME" not in first.output and first.stderr == ""
     second = invoke("--arch", 80, "--arch", "86")
-    assert "0 compiled, 8 were there already, 0 failed" in second.output and second.output.count("cached") == 8
+    assert second.output.startswith("0 compiled, 8 were there already, 0 failed"), "nothing new: only the summary"
     assert cache.contents()[0] == 8
+    third = invoke("--arch", 80, "--verbose")
+    assert third.output.count("cached") == 4 and "DTYPE=7 HEAD_DIM=64 SAME=7" in third.output
+
+
+def test_a_line_says_in_words_what_a_kernel_is_for():
+    paged = (("DTYPE", 1), ("HEAD_DIM", 64), ("PACKED_Q", 1), ("CACHE_KIND", 2), ("MASK", 1), ("GROUP", 4))
+    assert warmup.describe(warmup.Job("f", paged, "80")) == "bfloat16  hd 64   packed, paged, masked, group 4"
+    dense = (("DTYPE", 0), ("HEAD_DIM", 256), ("CACHE_KIND", 0), ("SOFTCAP", 1), ("GROUP", 1))
+    assert warmup.describe(warmup.Job("f", dense, "80")) == "float16   hd 256  dense, softcap"
+
+
+def test_lines_are_narrow_and_kernels_that_sound_alike_differ_by_tile(tmp_path):
+    defines = (("DTYPE", 1), ("HEAD_DIM", 128), ("PACKED_Q", 1), ("CACHE_KIND", 2), ("MASK", 1))
+    meta = {"registers": 255, "seconds": 1.26, "spill_bytes": 0}
+    job = warmup.Job("forward_sm80", defines, "90a")
+    (line,) = warmup.summary({job: cache.Entry(tmp_path, meta, True)}, False)
+    assert line.plain == "forward_sm80  sm_90a  bfloat16  hd 128  packed, paged, masked  255 regs  1.3 s"
+    tiles = [warmup.Job("f", (*defines, ("TILE_M", rows), ("TILE_N", 64)), "80") for rows in (64, 128)]
+    first, second = warmup.summary(
+        {job: cache.Entry(tmp_path, meta | {"spill_bytes": 8}, False) for job in tiles}, False
+    )
+    assert "64 x 64" in first.plain and "128 x 64" in second.plain
+    assert "cached  8 bytes spilled" in first.plain
 
 
 def test_options_choose_variants(variants):
@@ -86,12 +109,13 @@ def test_without_arch_and_without_a_gpu_the_error_names_the_option(monkeypatch):
     monkeypatch.setattr(warmup, "why_no_gpu", lambda: "no device")
     result = invoke()
     assert result.exit_code == 2 and "--arch" in result.output and "no device" in result.output
+    assert "cupyattn warmup --arch 90" in result.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--arch", "61"), "compute capability 6.1, expected 7.0 or newer"),
+        (("--arch", "61"), "--arch: got 61, expected one of 70"),
         (("--arch", "hopper"), "got hopper, expected one of 70"),
         (("--arch", "87"), "got 87, expected one of 70"),
         (("--arch", "80", "--head-dim", "0"), "--head-dim: got 0, expected 1 to 256"),
@@ -128,11 +152,11 @@ def test_a_cache_that_cannot_be_used_is_an_error(tmp_path, monkeypatch):
 
 def test_without_cupy_it_says_what_to_install(monkeypatch):
     def missing():
-        raise ImportError('compiling kernels needs CuPy: pip install "cupyattn[cu12]"')
+        raise ImportError(f"compiling kernels needs CuPy: {compile.INSTALL[12]}")
 
     monkeypatch.setattr(warmup.compile, "supported_archs", missing)
     result = invoke("--arch", 80)
-    assert result.exit_code == 1 and 'pip install "cupyattn[cu12]"' in result.output
+    assert result.exit_code == 1 and compile.INSTALL[12] in result.output
 
 
 def test_progress_runs_in_threads(monkeypatch):

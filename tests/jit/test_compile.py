@@ -123,7 +123,7 @@ def test_target_takes_the_a_variant_where_there_is_one(capability, expected):
 def test_target_falls_back_within_a_generation_and_refuses_beyond(monkeypatch):
     monkeypatch.setattr(compile, "supported_archs", lambda: (75, 80, 86, 90))
     assert compile.target("89") == "86"
-    with pytest.raises(RuntimeError, match=r"compute capability 7.0, expected one .*pip install \"cupyattn\[cu12\]\""):
+    with pytest.raises(RuntimeError, match=r"compute capability 7.0, expected one .*pip install \"cupy-cuda12x"):
         compile.target("70")
     with pytest.raises(RuntimeError, match=r"compute capability 12.0, .*\(75, 80, 86, 90\): pip install -U"):
         compile.target("120")
@@ -136,18 +136,18 @@ def test_an_architecture_that_nvrtc_does_not_know_is_refused(root):
         compile.compile_cubin("scale", DEFINES, "60", root)
 
 
-def test_without_cupy_the_error_names_the_extra(monkeypatch):
+def test_without_cupy_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
-    with pytest.raises(ImportError, match=r'needs CuPy .*pip install "cupyattn\[cu12\]"'):
+    with pytest.raises(ImportError, match=r'needs CuPy .*pip install "cupy-cuda12x'):
         compile.nvrtc_version()
 
 
-def test_without_libnvrtc_the_error_names_the_extra(monkeypatch):
+def test_without_libnvrtc_the_error_names_the_command(monkeypatch):
     from cupy_backends.cuda.libs import nvrtc
 
     def missing():
         raise RuntimeError("no such file: libnvrtc.so")
 
     monkeypatch.setattr(nvrtc, "getVersion", missing)
-    with pytest.raises(ImportError, match=r'libnvrtc \(no such file.*pip install "cupyattn\[cu1[23]\]"'):
+    with pytest.raises(ImportError, match=r'libnvrtc \(no such file.*pip install "cupy-cuda1[23]x'):
         compile.nvrtc_version()

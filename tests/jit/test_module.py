@@ -171,7 +171,7 @@ def test_threads_share_one_kernel(fake):
 
 def test_without_cupy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r'GPU arrays need CuPy .*pip install "cupyattn\[cu12\]"'):
+    with pytest.raises(ImportError, match=r'GPU arrays need CuPy .*pip install "cupy-cuda12x'):
         module.load("reverse", DEFINES, "86", "reverse", 0)
 
 
