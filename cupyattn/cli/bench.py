@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..attention import attention
+from ..plan import warmup_variants
 from .device import NO_GPU, device_label, see_doctor, why_no_gpu
 from .progress import progress_bars
 from .tiles import sweep
@@ -147,14 +148,16 @@ def bench(
         tiles_path.write_text(json.dumps(record, indent=1) + "\n")
         return
     host_us = host_times(cupy)
+    compiled = compile_times(cupy)
     results: Results = {}
     if not host:
         names = choose(contenders, console)
         results = measure(cupy, QUICK if quick else GRID, names, rounds)
         show(results, names, console, title=f"Prefill, bfloat16, TFLOP/s on {machine['gpu']}")
     show_host(host_us, console)
+    show_compiled(compiled, console)
     if json_path is not None:
-        record = as_record(results, host_us, machine | {"clocks_after": clocks(cupy)}, rounds)
+        record = as_record(results, host_us, machine | {"clocks_after": clocks(cupy)}, rounds) | {"compile": compiled}
         json_path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"Written to {json_path}.", markup=False)
     if plot_path is not None and results:
@@ -352,6 +355,29 @@ def host_times(cupy: ModuleType, calls: int = 2000, batch: int = 100) -> dict[st
     return times
 
 
+def compile_times(cupy: ModuleType) -> dict[str, Any]:
+    """What a first session waits for: NVRTC's seconds for each usual variant; milliseconds from disk to a kernel."""
+    from ..jit import arch_of, module
+    from ..jit.compile import compile_cubin
+
+    device = cupy.cuda.Device().id
+    arch = arch_of(device)
+    cold, warm = {}, {}
+    for name, defines in warmup_variants(arch, (64, 128, 256), ("bfloat16",)):
+        label = f"{name} {' '.join(f'{key}={value}' for key, value in defines)}"
+        cold[label] = compile_cubin(name, defines, arch).seconds
+        module.load_again(name, defines, arch, name, device)  # what the disk cache lacks is compiled here
+        started = time.perf_counter()
+        module.load_again(name, defines, arch, name, device)
+        warm[label] = (time.perf_counter() - started) * 1e3
+    slowest = max(cold, key=cold.get)
+    return {
+        "variants": len(cold),
+        "cold_seconds": {"median": statistics.median(cold.values()), "highest": cold[slowest], "slowest": slowest},
+        "warm_load_ms": {"median": statistics.median(warm.values()), "highest": max(warm.values())},
+    }
+
+
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +483,16 @@ def show_host(host_us: dict[str, dict[str, float]], console: Console) -> None:
             f" (90th percentile {line['p90_us']:.1f})",
             highlight=False,
         )
+
+
+def show_compiled(compiled: dict[str, Any], console: Console) -> None:
+    """One line for the compiler, one for the disk cache."""
+    cold, warm = compiled["cold_seconds"], compiled["warm_load_ms"]
+    console.print(
+        f"cold compile, {compiled['variants']} kernels: median {cold['median']:.2f} s, highest {cold['highest']:.2f} s\n"
+        f"load from the disk cache: median {warm['median']:.1f} ms, highest {warm['highest']:.1f} ms",
+        highlight=False,
+    )
 
 
 def plot(results: Results, path: Path, gpu: str) -> None:

@@ -34,7 +34,7 @@ def load(name: str, defines: compile.Defines, arch: str, function: str, device: 
     """
     key = (name, defines, arch, function, device, shared_bytes)
     kernel = _kernels.get(key)
-    return kernel if kernel is not None else _kernels.setdefault(key, _load(*key))
+    return kernel if kernel is not None else _kernels.setdefault(key, load_again(*key))
 
 
 @functools.cache
@@ -45,7 +45,10 @@ def arch_of(device: int) -> str:
     return compile.target(_cupy().cuda.Device(device).compute_capability)
 
 
-def _load(name: str, defines: compile.Defines, arch: str, function: str, device: int, shared_bytes: int) -> Kernel:
+def load_again(
+    name: str, defines: compile.Defines, arch: str, function: str, device: int, shared_bytes: int = 0
+) -> Kernel:
+    """`load` from the disk cache or the compiler, whatever this process holds already."""
     cp = _cupy()
     with cp.cuda.Device(device) as current:
         entry, raw = _open(name, defines, arch, function)
