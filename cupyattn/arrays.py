@@ -14,6 +14,7 @@ before ours on the device, without blocking the host.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import threading
 from collections import deque
@@ -26,6 +27,9 @@ import ml_dtypes
 import numpy as np
 
 ACCEPTED = "an array of NumPy, CuPy, PyTorch or JAX, or any object with __dlpack__ or __cuda_array_interface__"
+
+INDEX_ROLES = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_new", "seqused_k", "cache_seqlens")
+INDEX_ROLES += ("block_table", "cache_batch_idx", "cache_leftpad")
 
 # Device types of the DLPack specification.
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
@@ -103,8 +107,11 @@ def _find_reader(x: Any, name: str) -> Callable[[Any, str], View]:
         reader = _view_dlpack
     elif hasattr(x, "__cuda_array_interface__"):
         reader = _view_cuda_interface
+    elif isinstance(x, (list, tuple)):
+        made = f"np.asarray({name}, np.{'int32' if name in INDEX_ROLES else 'float32'})"
+        refuse(name, _a(kind.__name__), f"{ACCEPTED}, as {made} is", TypeError)
     else:
-        refuse(name, f"{_a(kind.__name__)}" if x is not None else None, ACCEPTED, TypeError)
+        refuse(name, _a(kind.__name__) if x is not None else None, ACCEPTED, TypeError)
     _readers[kind] = reader
     return reader
 
@@ -196,21 +203,28 @@ def _view_jax(x: Any, name: str) -> View:
 
 
 def _view_dlpack(x: Any, name: str) -> View:
-    device_type, _ = x.__dlpack_device__()
+    try:
+        device_type = int(x.__dlpack_device__()[0])
+    except Exception as error:  # whatever a foreign object does
+        _refuse_foreign(x, name, "whose __dlpack_device__ cannot be read", error)
     if device_type in (_DL_CUDA, _DL_CUDA_MANAGED):
         return _view_over_cupy(x, name, "dlpack", readonly=False)
     if device_type in (_DL_CPU, _DL_CUDA_HOST):  # pinned host memory is host memory
         try:
             host = np.from_dlpack(x)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            refuse(name, f"{_a(type(x).__name__)} that NumPy cannot import ({error})", ACCEPTED, TypeError)
+        except Exception as error:
+            _refuse_foreign(x, name, "that NumPy cannot import", error)
         return _view_numpy(host, name, x, "dlpack")
-    refuse(name, f"an array on DLPack device type {int(device_type)}", "CUDA (2, 13) or host memory (1, 3)", TypeError)
+    refuse(name, f"an array on DLPack device type {device_type}", "CUDA (2, 13) or host memory (1, 3)", TypeError)
 
 
 def _view_over_cupy(x: Any, name: str, library: str, readonly: bool) -> View:
     """An array that CuPy imports: __dlpack__(stream=…) makes CuPy's current stream wait for the producer."""
-    base = _cupy().from_dlpack(x)
+    cupy = _cupy()
+    try:
+        base = cupy.from_dlpack(x)
+    except Exception as error:
+        _refuse_foreign(x, name, "that CuPy cannot import", error)
     found = _view_cupy(base, name)
     found.array, found.base, found.library, found.readonly = x, base, library, readonly
     return found
@@ -219,23 +233,39 @@ def _view_over_cupy(x: Any, name: str, library: str, readonly: bool) -> View:
 def _view_cuda_interface(x: Any, name: str) -> View:
     """An array that has only __cuda_array_interface__; its stream, if it names one, is waited for on the device."""
     runtime = _cupy().cuda.runtime
-    interface = x.__cuda_array_interface__
-    if interface.get("mask") is not None:
+    try:
+        interface = x.__cuda_array_interface__
+        masked, producer = interface.get("mask") is not None, interface.get("stream")
+        pointer, readonly = interface["data"]
+        pointer = operator.index(pointer or 0)
+        shape = tuple(operator.index(size) for size in interface["shape"])
+        dtype = np.dtype(interface["typestr"])
+        strides = interface.get("strides")
+        if strides is None:
+            strides = (step * dtype.itemsize for step in contiguous_strides(shape))
+        strides = tuple(operator.index(step) for step in strides)
+        if len(strides) != len(shape):
+            raise ValueError(f"{len(strides)} strides for {len(shape)} axes")
+        device = runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
+    except Exception as error:
+        _refuse_foreign(x, name, "whose __cuda_array_interface__ cannot be read", error)
+    if masked:
         refuse(name, "a masked array, whose mask would be ignored", "a plain array", TypeError)
-    pointer, readonly = interface["data"]
-    shape = tuple(interface["shape"])
-    dtype = np.dtype(interface["typestr"])
-    strides = interface.get("strides")
-    if strides is None:
-        strides = tuple(step * dtype.itemsize for step in contiguous_strides(shape))
-    dtype, strides = _form(dtype, tuple(strides), name)
-    device = runtime.pointerGetAttributes(pointer).device if pointer else runtime.getDevice()
-    found = View(x, pointer or 0, shape, strides, dtype, device, "dlpack", bool(readonly))
-    producer = interface.get("stream")
+    if not pointer and 0 not in shape:
+        refuse(name, f"{_a(type(x).__name__)} without memory", ACCEPTED, TypeError)
+    dtype, strides = _form(dtype, strides, name)
+    found = View(x, pointer, shape, strides, dtype, device, "dlpack", bool(readonly))
     if producer:
         with on_device(device):
             wait(current_stream(found), producer)
     return found
+
+
+def _refuse_foreign(x: Any, name: str, what: str, error: Exception) -> NoReturn:
+    """Refuse an object of another library by the argument's name, with what went wrong in one line."""
+    first = (str(error).splitlines() or [""])[0]
+    why = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    raise TypeError(f"{name}: got {_a(type(x).__name__)} {what} ({why}), expected {ACCEPTED}") from error
 
 
 @lru_cache(maxsize=4096)
@@ -350,12 +380,12 @@ def overlap(a: View, b: View) -> bool:
 
 def _extent(source: View) -> tuple[int, int]:
     """First byte, and the byte after the last; equal for an empty array."""
-    low, high = _reach(source.shape, source.strides, numpy_dtype(source.dtype).itemsize)
+    low, high = reach(source.shape, source.strides, numpy_dtype(source.dtype).itemsize)
     return source.pointer + low, source.pointer + high
 
 
 @lru_cache(maxsize=4096)
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+def reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """Bytes from the first element to the lowest byte, and to the byte after the highest."""
     if 0 in shape:
         return 0, 0
@@ -434,12 +464,14 @@ def keep_until_done(views: Iterable[View], stream: int) -> None:
     PyTorch and CuPy reuse freed memory in stream order. JAX may hand a freed buffer to its own stream at once,
     while our kernel still reads it. Arrays are let go at the next call after the work is done; nothing waits.
     """
+    cuda = _cupy().cuda
+    if cuda.runtime.streamIsCapturing(stream):  # no event may be asked then; a graph's arrays are its owner's to keep
+        return
     with _in_flight_lock:
         while _in_flight and _in_flight[0][0].done:
             _in_flight.popleft()
     foreign = [found for found in views if found.library in ("jax", "dlpack")]
-    cuda = _cupy().cuda
-    if not foreign or cuda.runtime.streamIsCapturing(stream):  # a graph's arrays are its owner's to keep
+    if not foreign:
         return
     event = cuda.Event(disable_timing=True)
     cuda.runtime.eventRecord(event.ptr, stream)

@@ -15,13 +15,14 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .arrays import (
+    INDEX_ROLES,
     View,
     current_device,
     current_stream,
@@ -35,11 +36,23 @@ from .arrays import (
     on_device,
     other_stream,
     overlap,
+    reach,
     view,
     wait,
 )
 from .kernels.operands import AppendOperands, Operands
-from .problem import Append, Problem, check_indices, describe, describe_append, refuse, same_kind
+from .problem import (
+    ITEMSIZE,
+    Append,
+    Problem,
+    check_indices,
+    describe,
+    describe_append,
+    distinct,
+    refuse,
+    same_kind,
+)
+from .ragged import RaggedArray
 
 Array = Any  # an array of NumPy, CuPy, PyTorch, JAX, or of any library that speaks DLPack
 
@@ -108,16 +121,16 @@ def attention(
         operands.out = _optional(out, "out")
         extras = _signatures(operands)
     if check is not None:
-        _checking(check, operands.q.device)
+        checking(check, operands.q.device)
     options = (causal, window, softmax_scale, softcap, return_lse, kernel, None, None, 0, "NHD")
     return _run(_find(operands, options, extras), operands, out)
 
 
 def attention_varlen(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: Array,
+    q: Array | RaggedArray,
+    k: Array | RaggedArray,
+    v: Array | RaggedArray,
+    cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     *,
     max_seqlen_q: int | None = None,
@@ -135,32 +148,34 @@ def attention_varlen(
     out: Array | None = None,
     kernel: str = "auto",
     check: bool | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | RaggedArray | tuple[Array | RaggedArray, Array]:
     """Attention over sequences of different lengths, packed one behind the other without padding.
 
     Rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q are sequence b. Rows of q behind the last sequence give zeros and
     lse -inf. Masks, `out`, `kernel` and errors are as in `attention`, with each sequence's own lengths.
 
     Args:
-        q: (total_q, heads, head_dim).
+        q: (total_q, heads, head_dim). q, k and v may each be a RaggedArray, which brings its own cu_seqlens.
         k, v: (total_k, kv_heads, head_dim), packed by cu_seqlens_k; or with block_table the blocks of a paged cache,
             (num_blocks, block_size, kv_heads, head_dim) for layout "NHD", (num_blocks, kv_heads, block_size,
             head_dim) for "HND".
         cu_seqlens_q: int32 (batch + 1,), starting at 0, never decreasing, at most total_q.
         cu_seqlens_k: the same for k, by default cu_seqlens_q if k has as many rows. With block_table only its
             differences count, as lengths.
-        max_seqlen_q, max_seqlen_k: the longest sequence, or more; spares work, never needed. Smaller than the
-            longest is an error that only `check` finds: the result is then undefined.
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more; may spare work, never needed. Smaller than the
+            longest is refused wherever contents are checked, and on CUDA unchecked costs time but changes no result.
         block_table: int32 (batch, max_blocks): token n of sequence b is row n % block_size of block
             block_table[b, n // block_size].
         seqused_k: int32 (batch,), how many keys of each sequence are in use, if fewer than cu_seqlens_k says; with
             block_table either of the two must be given.
         check: read and check the index arrays' contents. On the CPU this always happens; on CUDA it waits for the
-            device, and None means the environment variable CUPYATTN_CHECK (1: check). Unchecked, a bad index makes
-            the rows it concerns NaN, and nothing outside the arrays is read.
+            device, and None means the environment variable CUPYATTN_CHECK (1: check). Unchecked, a bad cu_seqlens_q
+            makes all rows NaN, any other bad index the rows it concerns, and nothing outside the arrays is read.
+            Blocks that no query can see, behind a window or in the padding, may have any entry.
 
     Returns:
-        An array of q's shape and dtype; with return_lse also the lse, float32 (heads, total_q).
+        An array of q's shape and dtype, a RaggedArray if q is one; with return_lse also the lse, float32 (heads,
+        total_q).
 
     >>> import numpy as np
     >>> from cupyattn import attention_varlen
@@ -169,6 +184,34 @@ def attention_varlen(
     >>> attention_varlen(q, k, v, cu_seqlens, causal=True).shape
     (7, 4, 64)
     """
+    if RaggedArray in (type(q), type(k), type(v), type(out)):
+        q_values, k, v, cu_seqlens_q, cu_seqlens_k = unpack_ragged(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        out_values = out.values if type(out) is RaggedArray else out
+        results = attention_varlen(
+            q_values,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            block_table=block_table,
+            seqused_k=seqused_k,
+            layout=layout,
+            causal=causal,
+            window=window,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            return_lse=return_lse,
+            out=out_values,
+            kernel=kernel,
+            check=check,
+        )
+        values, *lse = results if return_lse else (results,)
+        packed = _ragged_result(values, q, out)
+        return (packed, *lse) if lse else packed
     operands = Operands(
         view(q, "q"),
         view(k, "k"),
@@ -181,16 +224,13 @@ def attention_varlen(
         alibi_slopes=_optional(alibi_slopes, "alibi_slopes"),
         sinks=_optional(sinks, "sinks"),
     )
-    if cu_seqlens_k is None and block_table is None and len(operands.k.shape) == 3:
-        if operands.k.shape[0] != operands.q.shape[0]:
-            rows = f"k has {operands.k.shape[0]} rows and q {operands.q.shape[0]}"
-            refuse("cu_seqlens_k", None, f"int32 cumulative lengths of k's sequences, as {rows}")
-        operands.cu_seqlens_k = operands.cu_seqlens_q
+    if cu_seqlens_k is None and block_table is None:
+        share_cu_seqlens(operands)
     masks = (causal, window, softmax_scale, softcap, return_lse)
     options = (*masks, kernel, max_seqlen_q, max_seqlen_k, 0, layout)
     call = _find(operands, options, _signatures(operands))
-    if _checking(check, operands.q.device):
-        check_indices(call.problem, _contents(operands))
+    if checking(check, operands.q.device):
+        check_indices(call.problem, index_contents(operands))
     return _run(call, operands, out)
 
 
@@ -259,26 +299,24 @@ def attention_with_kvcache(
         alibi_slopes=_optional(alibi_slopes, "alibi_slopes"),
         sinks=_optional(sinks, "sinks"),
     )
-    uniform = _uniform_length("cache_seqlens", cache_seqlens)
-    operands.seqused_k = _lengths(cache_seqlens, uniform, operands.q, operands.q.shape[:1])
+    uniform = uniform_length("cache_seqlens", cache_seqlens)
+    operands.seqused_k = lengths_view(cache_seqlens, uniform, operands.q, operands.q.shape[:1])
     new = appending = None
     seqlen_new = 0
     if k is not None or v is not None:
-        new = _new_rows(k, v, operands)
+        new = new_rows(k, v, operands)
         seqlen_new = new.k.shape[1] if len(new.k.shape) == 4 else 0
 
     masks = (causal, window, softmax_scale, softcap, return_lse)
     options = (*masks, kernel, None, None, seqlen_new, layout)
     call = _find(operands, options, _signatures(operands), ("k_cache", "v_cache", "cache_seqlens"))
     if new is not None:
-        _check_new_rows(new, operands.q)
+        check_new_rows(new, operands.q)
         appending = _find_append(new, layout)
     if uniform is not None:
-        _check_uniform(uniform, seqlen_new, call.problem)
-    if _checking(check, operands.q.device):
-        contents = _contents(operands, uniform)
-        if "seqused_k" in contents:
-            contents["cache_seqlens"] = contents.pop("seqused_k")
+        check_uniform(uniform, seqlen_new, call.problem)
+    if checking(check, operands.q.device):
+        contents = index_contents(operands, uniform, "cache_seqlens")
         if appending is not None:
             check_indices(appending.append, contents)
         check_indices(call.problem, contents)
@@ -305,7 +343,7 @@ def append_kv(
 
     Args:
         k_cache, v_cache: (entries, capacity, kv_heads, head_dim), or with block_table the blocks of a paged cache,
-            as in `attention_with_kvcache`; writable, and apart in memory.
+            as in `attention_with_kvcache`; writable, and without a common element (halves of one array may interleave).
         k, v: (batch, seqlen_new, kv_heads, head_dim), or with cu_seqlens_new packed (total, kv_heads, head_dim).
         cache_seqlens: tokens that each sequence holds already: int32 (batch,), or an int for all; None for 0. It is
             not changed.
@@ -331,17 +369,17 @@ def append_kv(
         block_table=_optional(block_table, "block_table"),
         cache_batch_idx=_optional(cache_batch_idx, "cache_batch_idx"),
     )
-    uniform = _uniform_length("cache_seqlens", cache_seqlens)
+    uniform = uniform_length("cache_seqlens", cache_seqlens)
     sequences = operands.k.shape[:1]
     if operands.cu_seqlens_new is not None:
         sequences = tuple(ends - 1 for ends in operands.cu_seqlens_new.shape)
-    operands.cache_seqlens = _lengths(cache_seqlens, uniform, operands.k, sequences)
+    operands.cache_seqlens = lengths_view(cache_seqlens, uniform, operands.k, sequences)
     appending = _find_append(operands, layout)
     append = appending.append
     if uniform is not None:
-        _check_uniform(uniform, 0 if append.packed_new else append.seqlen_new, append)
-    if _checking(check, operands.k.device):
-        check_indices(append, _contents(operands, uniform))
+        check_uniform(uniform, 0 if append.packed_new else append.seqlen_new, append)
+    if checking(check, operands.k.device):
+        check_indices(append, index_contents(operands, uniform))
     if operands.k.device >= 0 and current_device() != operands.k.device:
         with on_device(operands.k.device):
             _append(appending, operands, uniform)
@@ -367,6 +405,8 @@ class _Call:
 class _Appending:
     append: Append
     run: Callable[[AppendOperands, int], None]
+    reaches: tuple[int, ...]  # bytes from pointer to lowest and behind highest, of k_cache, v_cache, k and v
+    form: tuple[tuple[int, ...], tuple[int, ...], int] | None  # shape, strides and itemsize if the caches share them
 
 
 _HELD = 4096  # forms of call remembered; the oldest are forgotten first
@@ -382,6 +422,10 @@ def _find(
 ) -> _Call:
     """What is prepared for calls of this form, or else prepare it: that is where arguments are refused."""
     q, k, v = operands.q, operands.k, operands.v
+    window = options[1]
+    kinds = tuple(map(type, options))  # True, 1 and 1.0 are equal keys, but not equally good arguments
+    if window is not None and isinstance(window, (tuple, list)):
+        kinds += tuple(map(type, window))
     key = (
         q.shape,
         q.strides,
@@ -397,59 +441,29 @@ def _find(
         v.device,
         (q.pointer | k.pointer | v.pointer) & 15,
         options,
+        kinds,
         extras,
     )
     try:
         call = _held.get(key)
     except TypeError:  # an option that cannot be hashed: a window given as a list, or what will be refused
-        causal, window, *others = options
+        causal, _, *others = options
         if isinstance(window, list):
             return _find(operands, (causal, tuple(window), *others), extras, names)
         call = None
     if call is None:
         call = _prepare(operands, options, names)
         _hold(key, call)
-    if call.out_dtype == "float64" and q.library == "jax" and not sys.modules["jax"].config.jax_enable_x64:
-        refuse("kernel", "'numpy_float64' with JAX arrays", "jax_enable_x64, without which JAX would round the result")
-    if operands.out is not None:
-        _refuse_overlap(operands, names)
+    check_results(operands, call.out_dtype, names)
     return call
 
 
 def _prepare(operands: Operands, options: tuple, names: tuple[str, str, str]) -> _Call:
-    causal, window, softmax_scale, softcap, return_lse, kernel, max_seqlen_q, max_seqlen_k, seqlen_new, layout = options
-    q = operands.q
+    q, kernel = operands.q, options[5]
     known = CUDA_KERNELS if q.device >= 0 else CPU_KERNELS
-    if not isinstance(kernel, str) or kernel not in known:
-        refuse("kernel", repr(kernel), f"one of {', '.join(known)} for arrays on {device_name(q.device)}")
+    check_kernel(kernel, known, f"arrays on {device_name(q.device)}")
     precise = kernel == "numpy_float64"
-    problem = describe(
-        q,
-        operands.k,
-        operands.v,
-        causal=causal,
-        window=window,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=operands.alibi_slopes,
-        sinks=operands.sinks,
-        out=operands.out,
-        return_lse=return_lse,
-        cu_seqlens_q=operands.cu_seqlens_q,
-        cu_seqlens_k=operands.cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=operands.seqused_k,
-        block_table=operands.block_table,
-        cache_batch_idx=operands.cache_batch_idx,
-        cache_leftpad=operands.cache_leftpad,
-        seqlen_new=seqlen_new,
-        layout=layout,
-        out_dtype="float64" if precise else None,
-        k_name=names[0],
-        v_name=names[1],
-        lengths_name=names[2],
-    )
+    problem = describe_call(operands, options, names)
     if not problem.batch or not problem.total_q:
         run = _fill_unseen
     elif q.device >= 0:
@@ -470,6 +484,38 @@ def _prepare(operands: Operands, options: tuple, names: tuple[str, str, str]) ->
     )
 
 
+def describe_call(operands: Operands, options: tuple, names: tuple[str, str, str]) -> Problem:
+    """The problem of one call; options are in `_find`'s order, names what the signature calls k, v and seqused_k."""
+    causal, window, softmax_scale, softcap, return_lse, kernel, max_seqlen_q, max_seqlen_k, seqlen_new, layout = options
+    return describe(
+        operands.q,
+        operands.k,
+        operands.v,
+        causal=causal,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=operands.alibi_slopes,
+        sinks=operands.sinks,
+        out=operands.out,
+        return_lse=return_lse,
+        cu_seqlens_q=operands.cu_seqlens_q,
+        cu_seqlens_k=operands.cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=operands.seqused_k,
+        block_table=operands.block_table,
+        cache_batch_idx=operands.cache_batch_idx,
+        cache_leftpad=operands.cache_leftpad,
+        seqlen_new=seqlen_new,
+        layout=layout,
+        out_dtype="float64" if kernel == "numpy_float64" else None,
+        k_name=names[0],
+        v_name=names[1],
+        lengths_name=names[2],
+    )
+
+
 def _find_append(operands: AppendOperands, layout: str) -> _Appending:
     k_cache, v_cache, k, v = operands.k_cache, operands.v_cache, operands.k, operands.v
     pointers = k_cache.pointer | v_cache.pointer | k.pointer | v.pointer
@@ -482,13 +528,21 @@ def _find_append(operands: AppendOperands, layout: str) -> _Appending:
     if appending is None:
         appending = _prepare_append(operands, layout)
         _hold(key, appending)
-    if k_cache.pointer == v_cache.pointer and appending.append.total_new:
-        refuse("v_cache", "the memory of k_cache", "a cache of its own")
+    if appending.append.total_new:
+        _refuse_shared(appending, operands)
     return appending
 
 
-def _prepare_append(operands: AppendOperands, layout: str) -> _Appending:
-    append = describe_append(
+def check_append(operands: AppendOperands, layout: str) -> Append:
+    """Everything that an append refuses but for contents."""
+    append = _describe_append(operands, layout)
+    if append.total_new:
+        _refuse_shared(_appending(append, _nothing, operands), operands)
+    return append
+
+
+def _describe_append(operands: AppendOperands, layout: str) -> Append:
+    return describe_append(
         operands.k_cache,
         operands.v_cache,
         operands.k,
@@ -499,6 +553,10 @@ def _prepare_append(operands: AppendOperands, layout: str) -> _Appending:
         cache_batch_idx=operands.cache_batch_idx,
         layout=layout,
     )
+
+
+def _prepare_append(operands: AppendOperands, layout: str) -> _Appending:
+    append = _describe_append(operands, layout)
     device = operands.k.device
     if not append.batch or not append.total_new:
         run = _nothing
@@ -510,7 +568,58 @@ def _prepare_append(operands: AppendOperands, layout: str) -> _Appending:
         from .reference import append as append_on_host
 
         run = _on_host(partial(append_on_host, append))
-    return _Appending(append, run)
+    return _appending(append, run, operands)
+
+
+def _appending(append: Append, run: Callable[[AppendOperands, int], None], operands: AppendOperands) -> _Appending:
+    cache = operands.k_cache
+    itemsize = ITEMSIZE[append.dtype]
+    views = (cache, operands.v_cache, operands.k, operands.v)
+    reaches = tuple(edge for found in views for edge in reach(found.shape, found.strides, itemsize))
+    alike = append.cache.k_strides == append.cache.v_strides
+    return _Appending(append, run, reaches, (cache.shape, cache.strides, itemsize) if alike else None)
+
+
+def _refuse_shared(appending: _Appending, operands: AppendOperands) -> None:
+    """Refuse caches that share memory, unless they interleave, and new rows that lie among a cache's."""
+    k_low, k_high, v_low, v_high, new_k_low, new_k_high, new_v_low, new_v_high = appending.reaches
+    k_cache, v_cache, k, v = (
+        operands.k_cache.pointer,
+        operands.v_cache.pointer,
+        operands.k.pointer,
+        operands.v.pointer,
+    )
+    k_low += k_cache
+    k_high += k_cache
+    v_low += v_cache
+    v_high += v_cache
+    if k_low < v_high and v_low < k_high and not _interleaved(appending.form, v_cache - k_cache):
+        refuse("v_cache", "an array that overlaps k_cache in memory", "a cache of its own")
+    new_k_low += k
+    new_k_high += k
+    new_v_low += v
+    new_v_high += v
+    if new_k_low < k_high and k_low < new_k_high:
+        _refuse_rows("k", "k_cache")
+    if new_k_low < v_high and v_low < new_k_high:
+        _refuse_rows("k", "v_cache")
+    if new_v_low < k_high and k_low < new_v_high:
+        _refuse_rows("v", "k_cache")
+    if new_v_low < v_high and v_low < new_v_high:
+        _refuse_rows("v", "v_cache")
+
+
+def _refuse_rows(name: str, cache: str) -> NoReturn:
+    refuse(name, f"an array whose memory range meets {cache}'s", "memory of its own")
+
+
+@lru_cache(maxsize=4096)
+def _interleaved(form: tuple[tuple[int, ...], tuple[int, ...], int] | None, difference: int) -> bool:
+    """Whether two arrays of one form, `difference` bytes apart, are the halves of a larger one without a collision."""
+    if form is None:
+        return False
+    shape, strides, itemsize = form
+    return distinct((2, *shape), (difference // itemsize, *strides))
 
 
 def _hold(key: tuple, prepared: _Call | _Appending) -> None:
@@ -536,7 +645,7 @@ def _fill_unseen(operands: Operands, stream: int) -> None:
 
 
 def _signature(found: View | None) -> tuple | None:
-    return None if found is None else (found.shape, found.strides, found.dtype, found.device)
+    return None if found is None else (found.shape, found.strides, found.dtype, found.device, found.pointer & 3)
 
 
 def _signatures(operands: Operands | AppendOperands) -> tuple:
@@ -630,7 +739,7 @@ def _optional(array: Array | None, name: str) -> View | None:
     return None if array is None else view(array, name)
 
 
-def _checking(check: bool | None, device: int) -> bool:
+def checking(check: bool | None, device: int) -> bool:
     """Whether to read the contents of index arrays: always on the CPU, where it costs nothing."""
     if check is None:
         return device < 0 or os.environ.get(CHECK_VARIABLE, "").lower() in ("1", "true", "yes", "on")
@@ -639,38 +748,44 @@ def _checking(check: bool | None, device: int) -> bool:
     return bool(check) or device < 0
 
 
-def _contents(operands: Operands | AppendOperands, uniform: int | None = None) -> dict[str, np.ndarray]:
-    """Host arrays of the index arrays, by role. On CUDA this waits for the device."""
+def index_contents(
+    operands: Operands | AppendOperands, uniform: int | None = None, lengths_name: str = "seqused_k"
+) -> dict[str, np.ndarray]:
+    """Host arrays of the index arrays, by role; lengths_name is seqused_k's. On CUDA this waits for the device."""
     arrays = {}
-    for name in operands.__slots__:
-        found = getattr(operands, name)
-        if found is not None and found.dtype == "int32":
+    for role in INDEX_ROLES:
+        found = getattr(operands, role, None)
+        if found is not None:
+            name = lengths_name if role == "seqused_k" else role
             arrays[name] = host_array(found) if found.array is not None else np.full(found.shape, uniform, np.int32)
     return arrays
 
 
-def _uniform_length(name: str, value: Array | int | None) -> int | None:
+def uniform_length(name: str, value: Array | int | None) -> int | None:
     """The one length given as an int for all sequences, or None."""
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, (bool, np.bool_, float, np.floating)):
         refuse(name, repr(value), "an int, or an int32 array", TypeError)
     return int(value) if isinstance(value, (int, np.integer)) else None
 
 
-def _lengths(value: Array | int | None, uniform: int | None, like: View, shape: tuple[int, ...]) -> View | None:
+def lengths_view(value: Array | int | None, uniform: int | None, like: View, shape: tuple[int, ...]) -> View | None:
     """The lengths' view. For an int one without memory stands in until everything is validated."""
     if uniform is None:
         return _optional(value, "cache_seqlens")
     return View(None, 0, shape, (1,) * len(shape), "int32", like.device, like.library, False)
 
 
-def _check_uniform(length: int, new: int, described: Problem | Append) -> None:
+def check_uniform(length: int, new: int, described: Problem | Append) -> None:
+    """Refuse an int for all sequences in the words of `check_indices`."""
     rows = described.cache.rows
-    if not 0 <= length <= rows - new:
+    if length < 0:
+        refuse("cache_seqlens", length, "a length of at least 0")
+    if length > rows - new:
         came = f"{length} tokens plus {new} new" if new else f"{length} tokens"
-        refuse("cache_seqlens", came, f"0 to the {rows} that the cache's rows hold")
+        refuse("cache_seqlens", came, f"at most the {rows} that its rows hold")
 
 
-def _new_rows(k: Array | None, v: Array | None, operands: Operands) -> AppendOperands:
+def new_rows(k: Array | None, v: Array | None, operands: Operands) -> AppendOperands:
     """The operands of the append inside attention_with_kvcache."""
     if k is None or v is None:
         missing = "k" if k is None else "v"
@@ -688,13 +803,72 @@ def _new_rows(k: Array | None, v: Array | None, operands: Operands) -> AppendOpe
     )
 
 
-def _check_new_rows(new: AppendOperands, q: View) -> None:
+def check_new_rows(new: AppendOperands, q: View) -> None:
+    """Refuse new rows that do not go with the queries."""
     for name, rows in (("k", new.k), ("v", new.v)):
         same_kind(name, rows, q)
         if len(rows.shape) != 4:
             refuse(name, f"{len(rows.shape)}-D shape {rows.shape}", "4-D (batch, seqlen_new, kv_heads, head_dim)")
         if rows.shape[0] != q.shape[0]:
             refuse(name, f"batch {rows.shape[0]}", f"q's batch {q.shape[0]}")
+
+
+def check_kernel(kernel: str, known: tuple[str, ...], where: str) -> None:
+    """Refuse a kernel that does not exist there."""
+    if not isinstance(kernel, str) or kernel not in known:
+        refuse("kernel", repr(kernel), f"one of {', '.join(known)} for {where}")
+
+
+def share_cu_seqlens(operands: Operands) -> None:
+    """Packed keys without cu_seqlens_k have the sequences of the queries."""
+    if len(operands.k.shape) != 3:
+        return  # refused by its rank
+    if operands.k.shape[0] != operands.q.shape[0]:
+        rows = f"k has {operands.k.shape[0]} rows and q {operands.q.shape[0]}"
+        refuse("cu_seqlens_k", None, f"int32 cumulative lengths of k's sequences, as {rows}")
+    operands.cu_seqlens_k = operands.cu_seqlens_q
+
+
+def unpack_ragged(
+    q: Array | RaggedArray,
+    k: Array | RaggedArray,
+    v: Array | RaggedArray,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """Packed q, k, v and their cu_seqlens. k and v of different origin are compared on the host."""
+    if type(k) is type(v) is RaggedArray and not k.same_sequences(v):
+        refuse("v", "a RaggedArray of other lengths", "k's lengths")
+    q, cu_seqlens_q = _unpack(q, "q", cu_seqlens_q, "cu_seqlens_q")
+    if type(k) is RaggedArray:
+        v = v.values if type(v) is RaggedArray else v
+        k, cu_seqlens_k = _unpack(k, "k", cu_seqlens_k, "cu_seqlens_k")
+    else:
+        v, cu_seqlens_k = _unpack(v, "v", cu_seqlens_k, "cu_seqlens_k")
+    return q, k, v, cu_seqlens_q, cu_seqlens_k
+
+
+def _unpack(array: Array | RaggedArray, name: str, ends: Array | None, ends_name: str) -> tuple[Array, Array | None]:
+    if type(array) is not RaggedArray:
+        return array, ends
+    if ends is not None and ends is not array.cu_seqlens:
+        refuse(ends_name, f"an array besides {name}'s own", f"None, as {name} is a RaggedArray")
+    return array.values, array.cu_seqlens
+
+
+def _ragged_result(values: Array, q: Array | RaggedArray, out: Array | RaggedArray | None) -> Array | RaggedArray:
+    if type(out) is RaggedArray:
+        return out
+    return q.with_values(values) if type(q) is RaggedArray else values
+
+
+def check_results(operands: Operands, out_dtype: str, names: tuple[str, str, str]) -> None:
+    """Refuse an out that lies on an input, and results that q's library cannot take."""
+    q = operands.q
+    if out_dtype == "float64" and q.library == "jax" and not sys.modules["jax"].config.jax_enable_x64:
+        refuse("kernel", "'numpy_float64' with JAX arrays", "jax_enable_x64, without which JAX would round the result")
+    if operands.out is not None:
+        _refuse_overlap(operands, names)
 
 
 def _refuse_overlap(operands: Operands, names: tuple[str, str, str]) -> None:

@@ -7,9 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import View, host_array, view
+from .arrays import device_name, view
+from .attention import (
+    CPU_KERNELS,
+    CUDA_KERNELS,
+    check_append,
+    check_kernel,
+    check_new_rows,
+    check_results,
+    check_uniform,
+    checking,
+    describe_call,
+    index_contents,
+    lengths_view,
+    new_rows,
+    share_cu_seqlens,
+    uniform_length,
+    unpack_ragged,
+)
+from .kernels.operands import Operands
 from .plan import DEVICES, Device, plan
-from .problem import Problem, check_indices, describe, refuse
+from .problem import Problem, check_indices, refuse
+from .ragged import INT32_MAX, RaggedArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +85,57 @@ class Explanation:
         lines = [f"{self.kernel} on {self.device}", f"  {self.shape}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         if self.tile is not None:
-            spills = f", {self.spill_bytes} bytes spilled" if self.spill_bytes else ", no spills"
+            spills = f", {_count(self.spill_bytes, 'byte')} spilled" if self.spill_bytes else ", no spills"
             lines += [
-                f"  tile {self.tile}; {self.grid} blocks of {self.threads} threads",
-                f"  {self.registers} registers a thread{spills}; {self.shared_bytes / 1024:.1f} KiB shared memory; "
-                f"{self.blocks_per_multiprocessor} blocks on a multiprocessor",
+                f"  tile {self.tile}; {_count(self.grid, 'block')} of {_count(self.threads, 'thread')}",
+                f"  {_count(self.registers, 'register')} a thread{spills}; "
+                f"{self.shared_bytes / 1024:.1f} KiB shared memory; "
+                f"{_count(self.blocks_per_multiprocessor, 'block')} on a multiprocessor",
             ]
         lines.append(f"  work {_si(self.flops, 'FLOP')}, {_si(self.bytes, 'B')} at least through memory")
         if self.roofline_seconds is not None:
-            time = f"{self.roofline_seconds * 1e6:.1f} us"
-            lines.append(f"  roofline {time}, bound by {self.bound} (ceilings: {self.ceiling})")
+            lines.append(f"  roofline {_time(self.roofline_seconds)}, bound by {self.bound} (ceilings: {self.ceiling})")
         return "\n".join(lines)
 
 
 def explain(
     q: Any,
-    k: Any,
-    v: Any,
-    /,
+    k_cache: Any,
+    v_cache: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
     *,
-    kernel: str = "auto",
-    arch: str | None = None,
+    arch: str | int | float | None = None,
+    k: Any = None,
+    v: Any = None,
     cache_seqlens: Any = None,
+    cache_batch_idx: Any = None,
+    cache_leftpad: Any = None,
+    block_table: Any = None,
+    layout: str = "NHD",
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     seqused_k: Any = None,
-    **arguments: Any,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    out: Any = None,
+    kernel: str = "auto",
+    check: bool | None = None,
 ) -> Explanation:
     """What the call with these arguments would run, without running it.
 
     Takes what `attention`, `attention_varlen` and `attention_with_kvcache` take, the arrays q, k (or k_cache) and v
-    (or v_cache) by position; which of the three is meant follows from the rest. New rows are k= and v=. Compiles the
-    kernel if it is not in the cache yet. Lengths and tables on a GPU are read back, which synchronises.
+    (or v_cache) by position: with cu_seqlens_q it is attention_varlen, else with anything of a cache
+    attention_with_kvcache. New rows are k= and v=. Compiles the kernel if it is not in the cache yet. Lengths and
+    tables are always read and checked, which on a GPU synchronises.
 
-    arch: explain for a chip that need not be present, such as "80" or "90"; by default the arrays' own device.
+    arch: explain for a chip that need not be present, such as "80", "90a", "sm_90" or 9.0; by default the arrays' own
+        device.
     Raises TypeError or ValueError as the explained call would.
 
     >>> import numpy as np
@@ -106,66 +144,89 @@ def explain(
     >>> cupyattn.explain(q, q, q, causal=True).kernel
     'numpy'
     """
-    new_k, new_v = arguments.pop("k", None), arguments.pop("v", None)
-    arguments.pop("check", None)  # the contents of index arrays are always read here
-    views = {name: arguments.pop(name, None) for name in _ARRAYS}
-    views = {name: view(array, name) for name, array in views.items() if array is not None}
-    query, keys, values = view(q, "q"), view(k, "k"), view(v, "v")
-    if "cu_seqlens_q" in views and "cu_seqlens_k" not in views and "block_table" not in views:
-        views["cu_seqlens_k"] = views["cu_seqlens_q"]
-    if (new_k is None) != (new_v is None):
-        refuse("v" if new_v is None else "k", None, "k and v together")
-    seqlen_new = view(new_k, "k").shape[1] if new_k is not None else 0
-
-    used, used_name = (seqused_k, "seqused_k") if cache_seqlens is None else (cache_seqlens, "cache_seqlens")
-    lengths: np.ndarray | None = None
-    if isinstance(used, (int, np.integer)):
-        lengths = np.full(query.shape[:1], used, np.int32)
-        views["seqused_k"] = View(None, 0, lengths.shape, (1,), "int32", query.device, query.library, False)
-    elif used is not None:
-        views["seqused_k"] = view(used, used_name)
-
-    problem = describe(query, keys, values, seqlen_new=seqlen_new, lengths_name=used_name, **views, **arguments)
-    contents = {
-        name: host_array(found) for name, found in views.items() if found.dtype == "int32" and found.array is not None
+    only_varlen = {"cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
+    only_varlen |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    only_cached = {"k": k, "v": v, "cache_seqlens": cache_seqlens}
+    only_cached |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    varlen = cu_seqlens_q is not None or RaggedArray in (type(q), type(k_cache), type(v_cache))
+    cached = not varlen and any(given is not None for given in (*only_cached.values(), block_table))
+    for name, given in (only_cached if varlen else only_varlen).items():
+        if given is not None and varlen:
+            refuse(name, "given together with cu_seqlens_q", "None: attention_varlen does not take it")
+        if given is not None:
+            refuse(name, "given without cu_seqlens_q", "None: only attention_varlen takes it")
+    names = ("k_cache", "v_cache", "cache_seqlens") if cached else ("k", "v", "seqused_k")
+    if varlen:
+        q, k_cache, v_cache, cu_seqlens_q, cu_seqlens_k = unpack_ragged(q, k_cache, v_cache, cu_seqlens_q, cu_seqlens_k)
+    arrays = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_k": seqused_k,
+        "block_table": block_table,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "out": out.values if type(out) is RaggedArray else out,
     }
-    if lengths is not None:
-        contents["seqused_k"] = lengths
-    if "seqused_k" in contents:
-        contents[used_name] = contents.pop("seqused_k")
+    views = {"out": None} | {name: view(array, name) for name, array in arrays.items() if array is not None}
+    operands = Operands(view(q, "q"), view(k_cache, names[0]), view(v_cache, names[1]), **views)
+    uniform = new = None
+    if cached:
+        uniform = uniform_length("cache_seqlens", cache_seqlens)
+        operands.seqused_k = lengths_view(cache_seqlens, uniform, operands.q, operands.q.shape[:1])
+        new = new_rows(k, v, operands) if k is not None or v is not None else None
+    elif varlen and operands.cu_seqlens_k is None and block_table is None:
+        share_cu_seqlens(operands)
+
+    device = None if arch is None else _device_of(arch)
+    known, where = (CUDA_KERNELS, f"arrays on {device_name(operands.q.device)}")
+    if device is not None:
+        where = f"sm_{device.arch}"
+    elif operands.q.device < 0:
+        known = CPU_KERNELS
+    check_kernel(kernel, known, where)
+    seqlen_new = new.k.shape[1] if new is not None and len(new.k.shape) == 4 else 0
+    masks = (causal, window, softmax_scale, softcap, return_lse)
+    problem = describe_call(operands, (*masks, kernel, max_seqlen_q, max_seqlen_k, seqlen_new, layout), names)
+    check_results(operands, "float64" if kernel == "numpy_float64" else problem.dtype, names)
+    checking(check, operands.q.device)
+    append = None
+    if new is not None:
+        check_new_rows(new, operands.q)
+        append = check_append(new, layout)
+    if uniform is not None:
+        check_uniform(uniform, seqlen_new, problem)
+    contents = index_contents(operands, uniform, names[2])
+    if append is not None:
+        check_indices(append, contents)
     check_indices(problem, contents)
+
     seqlens_q, seqlens_k = _lengths(problem, contents)
     pairs = sum(_visible_pairs(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
     flops = 4 * pairs * problem.num_heads * problem.head_dim
     moved = _moved_bytes(problem, int(seqlens_k.sum()))
-
-    if query.device < 0 and arch is None:
-        if kernel not in ("auto", "numpy", "numpy_float64"):
-            refuse("kernel", repr(kernel), "'auto', 'numpy' or 'numpy_float64' for arrays on the CPU")
-        name = "numpy" if kernel == "auto" else kernel
-        reason = "the arrays are on the CPU: NumPy in blocks, memory linear in the lengths"
-        return Explanation(name, "cpu", (reason,), _shape(problem), flops, moved)
-    if arch is None:
+    if device is None and operands.q.device >= 0:
         from .kernels.launch import describe_device
 
-        device = describe_device(query.device)
-    else:
-        device = DEVICES.get(arch) or DEVICES.get(f"{arch}a")
-        if device is None:
-            refuse("arch", repr(arch), "one of " + ", ".join(DEVICES))
+        device = describe_device(operands.q.device)
+    place = "cpu" if device is None else f"{device.name} (sm_{device.arch})"
+    if not problem.batch or not problem.total_q:
+        return Explanation("none", place, ("there is no query: nothing is launched",), _shape(problem), flops, moved)
+    if device is None:
+        name = "numpy" if kernel == "auto" else kernel
+        reason = "the arrays are on the CPU: NumPy in blocks, memory linear in the lengths"
+        return Explanation(name, place, (reason,), _shape(problem), flops, moved)
     return _explain_launch(problem, device, kernel, flops, moved)
 
 
-_ARRAYS = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "block_table",
-    "cache_batch_idx",
-    "cache_leftpad",
-    "alibi_slopes",
-    "sinks",
-    "out",
-)
+def _device_of(arch: str | int | float) -> Device:
+    """The chip that "90", "90a", "sm_90", 90 or 9.0 means."""
+    plain = str(arch).lower().removeprefix("sm_").replace(".", "")
+    device = DEVICES.get(plain) or DEVICES.get(f"{plain}a")
+    if device is None:
+        refuse("arch", repr(arch), "one of " + ", ".join(DEVICES))
+    return device
 
 
 def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, moved: int) -> Explanation:
@@ -184,7 +245,8 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
         shape=_shape(problem),
         flops=flops,
         bytes=moved,
-        tile=f"{made.tile_rows} rows x {made.tile_keys} keys, {made.warps} warps, {made.stages} stages",
+        tile=f"{_count(made.tile_rows, 'row')} x {_count(made.tile_keys, 'key')}, "
+        f"{_count(made.warps, 'warp')}, {_count(made.stages, 'stage')}",
         grid=made.grid,
         threads=made.threads,
         registers=meta["registers"],
@@ -237,6 +299,7 @@ def _visible_pairs(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int
     """How many (query, key) pairs of one sequence no mask hides."""
     left, right = window
     diagonal = np.arange(seqlen_q, dtype=np.int64) + seqlen_k - seqlen_q
+    left, right = min(left, INT32_MAX), min(right, INT32_MAX)
     begin = np.maximum(diagonal - left, 0) if left >= 0 else np.zeros_like(diagonal)
     end = np.minimum(diagonal + right + 1, seqlen_k) if right >= 0 else np.full_like(diagonal, seqlen_k)
     return int(np.maximum(end - begin, 0).sum())
@@ -249,12 +312,22 @@ def _moved_bytes(problem: Problem, keys: int) -> int:
 
 
 def _shape(problem: Problem) -> str:
-    q = f"{problem.total_q} packed queries" if problem.packed_q else f"{problem.seqlen_q} queries"
+    rows, kind = (problem.total_q, "packed query") if problem.packed_q else (problem.seqlen_q, "query")
     keys = {"dense": "dense", "packed": "packed", "paged": f"paged (blocks of {problem.cache.block_size})"}[
         problem.cache.kind
     ]
-    heads = f"{problem.num_heads} heads over {problem.num_kv_heads} kv heads"
-    return f"batch {problem.batch}, {q}, {keys} keys, {heads}, head_dim {problem.head_dim}, {problem.dtype}"
+    heads = f"{_count(problem.num_heads, 'head')} over {_count(problem.num_kv_heads, 'kv head')}"
+    numbers = f"head_dim {problem.head_dim}, {problem.dtype}"
+    return f"batch {problem.batch}, {_count(rows, kind)}, {keys} keys, {heads}, {numbers}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun.removesuffix("y") + "ies" if noun.endswith("ry") else noun + "s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
 def _si(value: float, unit: str) -> str:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from .arrays import View, device_name, refuse
 
 MAX_HEAD_DIM = 256
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+OTHER_INTEGERS = ("int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64")
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+COUNTS = 1 << 31  # what kernels count in int32 stays below this
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 
 Strides = tuple[int, int, int]
@@ -79,11 +83,6 @@ class Problem:
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def masked(self) -> bool:
-        """Whether causal or window masks can hide any key."""
-        return self.window != (-1, -1)
 
     @property
     def itemsize(self) -> int:
@@ -148,7 +147,7 @@ def describe(
     else:
         _rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
     _float_dtype("q", q)
-    _last_contiguous("q", q)
+    _rows_in_place("q", q)
     head_dim, num_heads = q.shape[-1], q.shape[-2]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         refuse("q", f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
@@ -165,13 +164,20 @@ def describe(
     else:
         batch, seqlen_q = q.shape[:2]
         total_q = batch * seqlen_q
+    _countable("q", total_q, "rows in all")
+    _countable("q", num_heads, "heads")
 
-    if packed_q and cu_seqlens_k is None and block_table is None and len(k.shape) == 3:
-        refuse("cu_seqlens_k", None, f"an int32 array of {batch + 1} entries for packed keys")
+    if packed_q and block_table is None:
+        for name, keys in ((k_name, k), (v_name, v)):
+            _rank(name, keys, 3, "packed (total_k, kv_heads, head_dim), or block_table for a paged cache")
+        if cu_seqlens_k is None:
+            refuse("cu_seqlens_k", None, f"an int32 array of {batch + 1} entries for packed keys")
     cache = _cache_geometry(k, v, q, batch, cu_seqlens_k, block_table, cache_batch_idx, layout, k_name, v_name)
     num_kv_heads = k.shape[1] if cache.kind == "packed" else k.shape[_heads_axis(cache, layout)]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
-        refuse(k_name, f"{num_kv_heads} heads where q has {num_heads}", "a number of kv heads that divides q's heads")
+        hint = _layout_hint(cache, layout, lambda heads: heads and num_heads % heads == 0, k.shape)
+        expected = f"a number of kv heads that divides q's heads{hint}"
+        refuse(k_name, f"{num_kv_heads} heads where q has {num_heads}", expected)
     if cu_seqlens_k is not None:
         _index_array("cu_seqlens_k", cu_seqlens_k, q, shape=(batch + 1,))
     if cache.kind == "paged" and cu_seqlens_k is None and seqused_k is None and packed_q:
@@ -204,8 +210,8 @@ def describe(
         q_strides=_strides(q, packed_q),
         o_strides=_strides(out, packed_q) if out is not None else _contiguous_strides(q.shape, packed_q),
         window=_window(window, _flag("causal", causal)),
-        softmax_scale=_scale(softmax_scale, head_dim),
-        softcap=_softcap(softcap),
+        softmax_scale=_scale(softmax_scale, head_dim, out_dtype == "float64"),
+        softcap=_softcap(softcap, out_dtype == "float64"),
         alibi=_alibi(alibi_slopes, q, batch, num_heads),
         sinks=_sinks(sinks, q, num_heads),
         lse=_flag("return_lse", return_lse),
@@ -234,12 +240,14 @@ def describe_append(
     packed = cu_seqlens_new is not None
     form = "(total_new, kv_heads, head_dim)" if packed else "(batch, seqlen_new, kv_heads, head_dim)"
     for name, view in (("k", k), ("v", v)):
+        if not packed and len(view.shape) == 3:
+            form += ", or cu_seqlens_new for packed rows"
         _rank(name, view, 3 if packed else 4, form)
         _float_dtype(name, view)
-        _last_contiguous(name, view)
+        _rows_in_place(name, view)
     if v.shape != k.shape:
         refuse("v", f"shape {v.shape}", f"k's shape {k.shape}")
-    same_kind("v", v, k)
+    same_kind("v", v, k, "k")
     if k.shape[-2] == 0:
         refuse("k", f"shape {k.shape} with no heads", "at least one head")
     if packed:
@@ -251,11 +259,13 @@ def describe_append(
     else:
         batch, seqlen_new = k.shape[:2]
         total = batch * seqlen_new
+    _countable("k", total, "rows in all")
     names = ("k_cache", "v_cache")
     cache = _cache_geometry(k_cache, v_cache, k, batch, None, block_table, cache_batch_idx, layout, *names, "k")
     heads_axis = _heads_axis(cache, layout)
     if k_cache.shape[heads_axis] != k.shape[-2]:
-        refuse("k", f"{k.shape[-2]} heads", f"the cache's {k_cache.shape[heads_axis]} heads")
+        hint = _layout_hint(cache, layout, lambda heads: heads == k.shape[-2], k_cache.shape)
+        refuse("k", f"{k.shape[-2]} heads", f"the cache's {k_cache.shape[heads_axis]} heads{hint}")
     if not 1 <= k.shape[-1] <= MAX_HEAD_DIM:
         refuse("k", f"head_dim {k.shape[-1]}", f"1 to {MAX_HEAD_DIM}")
     if not packed and batch and seqlen_new > cache.rows:
@@ -338,7 +348,8 @@ def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -
         if appending and len(np.unique(written)) != len(written):
             refuse("cache_batch_idx", "the same cache entry twice", "distinct entries: each is written by one sequence")
     if "block_table" in arrays:
-        first = lengths - new if appending else np.zeros_like(lengths)  # an append touches only the rows it writes
+        # An append touches only the rows that it writes.
+        first = lengths - new if appending else _first_rows(problem, arrays, lengths)
         _check_table(arrays["block_table"], cache, first, lengths)
         if appending:
             _check_distinct_rows(arrays["block_table"], cache, lengths - new, new)
@@ -372,17 +383,21 @@ def _cache_geometry(
             refuse("layout", "'HND' without block_table", "'NHD': for a dense cache pass a transposed view instead")
     for name, view in ((k_name, k), (v_name, v)):
         _rank(name, view, 3 if packed else 4, form)
-        same_kind(name, view, like)
+        same_kind(name, view, like, like_name)
         if view.shape[-1] != like.shape[-1]:
             refuse(name, f"head_dim {view.shape[-1]}", f"{like.shape[-1]}, as in the other arrays")
-        _last_contiguous(name, view)
+        _rows_in_place(name, view)
     if v.shape != k.shape:
         refuse(v_name, f"shape {v.shape}", f"{k_name}'s shape {k.shape}")
+    _countable(k_name, k.shape[0], {3: "rows", 4: "sequences" if block_table is None else "blocks"}[len(k.shape)])
     if packed:
         return Cache("packed", 1, k.shape[0], 0, 0, 0, _strides(k, True), _strides(v, True))
     if block_table is None:
         if cache_batch_idx is None and k.shape[0] != batch:
-            refuse(k_name, f"batch {k.shape[0]}", f"{like_name}'s batch {batch}")
+            hint = "; for a paged cache pass block_table, for a larger dense one cache_batch_idx"
+            hint = hint if k_name == "k_cache" else ""
+            refuse(k_name, f"batch {k.shape[0]}", f"{like_name}'s batch {batch}{hint}")
+        _countable(k_name, k.shape[1], "rows for a sequence")
         return Cache("dense", k.shape[0], k.shape[1], 0, 0, 0, _strides(k, False), _strides(v, False))
     if cache_batch_idx is not None:
         refuse("cache_batch_idx", "given together with block_table", "one of the two")
@@ -394,6 +409,8 @@ def _cache_geometry(
         refuse(k_name, f"block_size {block_size}", "at least 1")
     swap = layout == "HND"
     max_blocks = block_table.shape[1]
+    _countable("block_table", max_blocks * block_size, "rows for a sequence")
+    _countable("block_table", abs(block_table.strides[0]), "elements from row to row")
     return Cache(
         "paged",
         k.shape[0],
@@ -410,20 +427,39 @@ def _heads_axis(cache: Cache, layout: str) -> int:
     return 1 if layout == "HND" and cache.kind == "paged" else 2
 
 
+def _layout_hint(cache: Cache, layout: str, fits: Callable[[int], bool], shape: tuple[int, ...]) -> str:
+    """What to say where the heads of a paged cache would be right if its layout were HND."""
+    swapped = cache.kind == "paged" and layout == "NHD" and fits(shape[1])
+    return ", or layout='HND', as axis 1 would fit" if swapped else ""
+
+
 def _rank(name: str, view: View, ndim: int, form: str) -> None:
     if len(view.shape) != ndim:
         refuse(name, f"{len(view.shape)}-D shape {view.shape}", f"{ndim}-D {form}")
 
 
+def _countable(name: str, count: int, what: str) -> None:
+    if count >= COUNTS:
+        refuse(name, f"{count} {what}", "fewer than 2**31")
+
+
 def _float_dtype(name: str, view: View) -> None:
     if view.dtype not in FLOAT_DTYPES:
-        refuse(name, view.dtype, " or ".join(FLOAT_DTYPES), TypeError)
+        hint = f": pass {_converted(name, view, 'float32')}" if view.dtype == "float64" else ""
+        if hint and view.device < 0:
+            hint += ", with kernel='numpy_float64' for a float64 result"
+        refuse(name, view.dtype, " or ".join(FLOAT_DTYPES) + hint, TypeError)
 
 
-def same_kind(name: str, view: View, like: View) -> None:
+def _converted(name: str, view: View, dtype: str) -> str:
+    """The expression that makes an array of another dtype in the caller's library."""
+    return f"{name}.to(torch.{dtype})" if view.library == "torch" else f"{name}.astype(np.{dtype})"
+
+
+def same_kind(name: str, view: View, like: View, like_name: str = "q") -> None:
     """Refuse an array whose dtype or device is not that of `like`."""
     if view.dtype != like.dtype:
-        refuse(name, view.dtype, f"the other arrays' dtype {like.dtype}", TypeError)
+        refuse(name, view.dtype, f"{like_name}'s dtype {like.dtype}", TypeError)
     _same_device(name, view, like)
 
 
@@ -433,10 +469,18 @@ def _same_device(name: str, view: View, like: View) -> None:
         refuse(name, came, f"the other arrays' device {device_name(like.device)}")
 
 
-def _last_contiguous(name: str, view: View) -> None:
+def _rows_in_place(name: str, view: View) -> None:
+    """head_dim must be contiguous, and elements must lie at multiples of their size."""
+    _aligned(name, view)
     if not _contiguous_last(view):
         came = f"stride {view.strides[-1]} in the last dimension"
         refuse(name, came, "1: head_dim must be contiguous (other strides are free)")
+
+
+def _aligned(name: str, view: View) -> None:
+    itemsize = ITEMSIZE[view.dtype]
+    if view.pointer % itemsize and 0 not in view.shape:
+        refuse(name, "a misaligned array", f"an address divisible by the {itemsize} bytes of an element; copy it")
 
 
 def _contiguous_last(view: View) -> bool:
@@ -454,7 +498,9 @@ def _index_array(
     rows_contiguous: bool = False,
 ) -> None:
     if view.dtype != "int32":
-        refuse(name, view.dtype, "int32", TypeError)
+        hint = f": pass {_converted(name, view, 'int32')}" if view.dtype in OTHER_INTEGERS else ""
+        refuse(name, view.dtype, f"int32{hint}", TypeError)
+    _aligned(name, view)
     if shape is not None and view.shape != shape:
         refuse(name, f"shape {view.shape}", f"{shape}")
     if ndim is not None and len(view.shape) != ndim:
@@ -475,8 +521,19 @@ def _writable(name: str, view: View) -> None:
         )
     if view.readonly:
         refuse(name, f"a read-only {view.library} array", "a writable one: this call writes into it")
-    if 0 not in view.shape and any(size > 1 and step == 0 for size, step in zip(view.shape, view.strides, strict=True)):
-        refuse(name, f"a broadcast array (strides {view.strides})", "one whose elements are all distinct in memory")
+    if not distinct(view.shape, view.strides):
+        refuse(name, f"an array that overlaps itself (strides {view.strides})", "elements all distinct in memory")
+
+
+@lru_cache(maxsize=4096)
+def distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether no two elements share memory, shown by axes that nest: each steps over all that smaller ones span."""
+    span = 1
+    for step, size in sorted((abs(step), size) for step, size in zip(strides, shape, strict=True) if size > 1):
+        if step < span and 0 not in shape:
+            return False
+        span += step * (size - 1)
+    return True
 
 
 def _output(name: str, out: View, q: View, dtype: str) -> None:
@@ -485,7 +542,7 @@ def _output(name: str, out: View, q: View, dtype: str) -> None:
     if out.dtype != dtype:
         refuse(name, out.dtype, f"q's dtype {q.dtype}" if dtype == q.dtype else dtype, TypeError)
     _same_device(name, out, q)
-    _last_contiguous(name, out)
+    _rows_in_place(name, out)
     _writable(name, out)
 
 
@@ -512,16 +569,16 @@ def _window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def _scale(value: float | None, head_dim: int) -> float:
+def _scale(value: float | None, head_dim: int, precise: bool) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
-    return _finite("softmax_scale", value)
+    return _number("softmax_scale", value, precise)
 
 
-def _softcap(value: float | None) -> float:
+def _softcap(value: float | None, precise: bool) -> float:
     if value is None:
         return 0.0
-    cap = _finite("softcap", value)
+    cap = _number("softcap", value, precise)
     if cap < 0:
         refuse("softcap", cap, "a positive number, or None or 0 for no cap")
     return cap
@@ -533,14 +590,24 @@ def _flag(name: str, value: object) -> bool:
     return bool(value)
 
 
-def _finite(name: str, value: object) -> float:
+def _number(name: str, value: object, precise: bool) -> float:
+    """A finite number that float32 can hold, rounded to float32 unless the call computes in float64."""
     # An array is refused even if it holds one number: reading it could wait for a device.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         refuse(name, repr(value), "a number", TypeError)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        refuse(name, "a number too large for any float", f"at most {FLOAT32_MAX:.3g} in size")
     if not math.isfinite(number):
         refuse(name, number, "a finite number")
-    return number
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(np.float32(number))
+    if math.isinf(rounded):
+        refuse(name, number, f"at most {FLOAT32_MAX:.3g} in size, the largest of float32")
+    if number and not rounded:
+        refuse(name, number, "0 or a number that float32 does not round to 0")
+    return number if precise else rounded
 
 
 def _alibi(slopes: View | None, q: View, batch: int, num_heads: int) -> str:
@@ -565,7 +632,8 @@ def _sinks(sinks: View | None, q: View, num_heads: int) -> bool:
 
 def _per_head(name: str, view: View, q: View) -> None:
     if view.dtype != "float32":
-        refuse(name, view.dtype, "float32", TypeError)
+        refuse(name, view.dtype, f"float32: pass {_converted(name, view, 'float32')}", TypeError)
+    _aligned(name, view)
     _same_device(name, view, q)
     stride = 1
     for size, step in zip(reversed(view.shape), reversed(view.strides), strict=True):
@@ -595,6 +663,8 @@ def _alignment(*views: View) -> int:
     """The largest of 16, 8, 4, 2 bytes that divides every row's address."""
     common = 16
     for view in views:
+        if 0 in view.shape:
+            continue
         common = math.gcd(common, view.pointer)
         for size, step in zip(view.shape[:-1], view.strides[:-1], strict=True):
             if size > 1:
@@ -604,12 +674,21 @@ def _alignment(*views: View) -> int:
 
 def _check_cumulative(name: str, values: np.ndarray, total: int, what: str) -> None:
     if values[0] != 0:
-        refuse(name, f"{int(values[0])} as its first entry", "0")
+        refuse(name, f"{int(values[0])} as its first entry", "0: cumulative lengths, as in [0, 4, 10]")
     if (bad := _first(np.diff(values) < 0)) is not None:
         came = f"{int(values[bad])} followed by {int(values[bad + 1])} at [{bad + 1}]"
         refuse(name, came, "entries that never decrease")
     if values[-1] > total:
         refuse(name, f"{int(values[-1])} as its last entry", f"at most {total}, {what}")
+
+
+def _first_rows(problem: Problem, arrays: Mapping[str, np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """The first row of every sequence that one of its queries sees: engines evict the blocks before a window."""
+    first = arrays.get("cache_leftpad", np.zeros_like(lengths))
+    queries = np.diff(arrays["cu_seqlens_q"]) if problem.packed_q else np.full_like(lengths, problem.seqlen_q)
+    if problem.window[0] >= 0:
+        first = np.maximum(first, lengths - queries - min(problem.window[0], COUNTS))
+    return np.where(queries > 0, first, lengths)
 
 
 def _check_table(table: np.ndarray, cache: Cache, first: np.ndarray, end: np.ndarray) -> None:

@@ -36,14 +36,14 @@ class RaggedArray:
     and only then are its contents checked. Raises TypeError or ValueError naming the argument at fault.
 
     Indexing with an int or a plain slice is a view where the library has views (JAX copies); with a list, a boolean
-    mask or a stepped slice it is a copy. `values` and `cu_seqlens` are what `attention_varlen` takes:
+    mask or a stepped slice it is a copy. `attention_varlen` takes them and gives one back:
 
     >>> import numpy as np
     >>> from cupyattn import RaggedArray, attention_varlen
     >>> q = RaggedArray.from_list([np.ones((length, 4, 64), np.float32) for length in (3, 0, 5)])
     >>> q
     RaggedArray(3 sequences of 0 to 5, 8 rows of (4, 64), float32, cpu)
-    >>> out = q.with_values(attention_varlen(q.values, q.values, q.values, q.cu_seqlens, causal=True))
+    >>> out = attention_varlen(q, q, q, causal=True)
     >>> [sequence.shape for sequence in out]
     [(3, 4, 64), (0, 4, 64), (5, 4, 64)]
     >>> padded, lengths = out.to_padded()
@@ -121,6 +121,10 @@ class RaggedArray:
         other = object.__new__(RaggedArray)
         other.values, other._ends = values, self._ends
         return other
+
+    def same_sequences(self, other: RaggedArray) -> bool:
+        """Whether other has the same lengths; offsets of different origin are read, which can wait for a GPU."""
+        return self._ends is other._ends or np.array_equal(self._offsets, other._offsets)
 
     @property
     def cu_seqlens(self) -> Array:
@@ -223,7 +227,7 @@ def _checked(offsets: np.ndarray, total: int) -> np.ndarray:
         refuse("cu_seqlens", f"shape {offsets.shape}", "(batch + 1,)")
     offsets = _integers("cu_seqlens", offsets)
     if offsets[0] != 0:
-        refuse("cu_seqlens", f"{offsets[0]} as its first entry", "0")
+        refuse("cu_seqlens", f"{offsets[0]} as its first entry", "0: cumulative lengths, as in [0, 4, 10]")
     falls = np.flatnonzero(np.diff(offsets) < 0)
     if len(falls):
         at = int(falls[0]) + 1

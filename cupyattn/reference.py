@@ -14,14 +14,12 @@ from functools import cache
 
 import numpy as np
 
-from .arrays import View, host_array
+from .arrays import INDEX_ROLES, View, host_array
 from .kernels.operands import AppendOperands, Operands
 from .problem import Append, Cache, Problem, check_indices
 
 SCORES = 1 << 19  # scores held at once, over all heads: 2 MB of float32, which a core's caches hold
 KEYS = 512  # keys in one block
-INDEX_ROLES = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_new", "seqused_k", "cache_seqlens")
-INDEX_ROLES += ("block_table", "cache_batch_idx", "cache_leftpad")
 
 
 def forward(problem: Problem, operands: Operands, precision: type = np.float32) -> None:

@@ -309,6 +309,28 @@ def test_bad_block(backend, rng, block):
         assert backend.get(here).tobytes() == wanted.tobytes()
 
 
+@pytest.mark.parametrize("length", [-1, -3, -(2**31)])
+def test_negative_lengths_of_an_append_that_is_attended_to(backend, rng, length):
+    """The new rows do not make up for a negative length: refused, or on CUDA unchecked NaN in the sequence's rows."""
+    q = normal(rng, (3, 2, 4, 64), "float16")
+    k, v = normal(rng, (2, 3, 2, 2, 64), "float16")
+    caches = dense_caches(held(rng, "float16", [5, 9, 7]), 20)
+    good, bad = np.array([5, 9, 7], np.int32), np.array([5, length, 7], np.int32)
+    here = [backend.put(cache.copy()) for cache in caches]
+    with pytest.raises(ValueError, match=f"^cache_seqlens: got {length} for sequence 1, expected a length"):
+        backend.call("attention_with_kvcache", q, *here, k=k, v=v, cache_seqlens=bad, check=True)
+    for cache, original in zip(here, caches, strict=True):
+        assert backend.get(cache).tobytes() == original.tobytes()
+    if not backend.on_gpu:
+        return
+    expected = oracle.attention_with_kvcache(q, *caches, k=k, v=v, cache_seqlens=good)
+    expected.out[1] = expected.lse[1] = np.nan
+    expected.check(*backend.call("attention_with_kvcache", q, *here, k=k, v=v, cache_seqlens=bad), "float16")
+    written = oracle.append_kv(*caches, k, v, cache_seqlens=good)
+    for cache, want in zip(here, written, strict=True):
+        assert backend.get(cache)[[0, 2]].tobytes() == want[[0, 2]].tobytes()
+
+
 # --------------------------------------------------------------------------------------------- random appends
 
 

@@ -421,6 +421,66 @@ def test_cuda_interface_arrays_without_a_stream_are_not_waited_for(runtime):
     assert runtime.log == []
 
 
+GOOD_INTERFACE = {"shape": (2, 3), "typestr": "<f4", "data": (4096, True), "strides": None, "version": 3}
+
+
+@pytest.mark.parametrize(
+    "interface",
+    [
+        None,
+        {},
+        {name: value for name, value in GOOD_INTERFACE.items() if name != "data"},
+        GOOD_INTERFACE | {"data": 4096},
+        GOOD_INTERFACE | {"data": ("4096", True)},
+        GOOD_INTERFACE | {"data": (0, True)},
+        GOOD_INTERFACE | {"shape": 3},
+        GOOD_INTERFACE | {"shape": (2.5, 3)},
+        GOOD_INTERFACE | {"typestr": "<z4"},
+        GOOD_INTERFACE | {"strides": (4,)},
+        GOOD_INTERFACE | {"strides": ("a", "b")},
+    ],
+    ids=str,
+)
+def test_malformed_cuda_interfaces_are_refused_by_name(runtime, interface):
+    with pytest.raises(TypeError, match="^q: got a SimpleNamespace (whose __cuda_array_interface__|without memory)"):
+        view(types.SimpleNamespace(__cuda_array_interface__=interface), "q")
+
+
+class Malformed(Foreign):
+    def __init__(self, answer):
+        self._answer = answer
+
+    def __dlpack_device__(self):
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize("answer", [None, (), 5, ("cpu", 0), RuntimeError("lost\nand more")], ids=repr)
+def test_malformed_dlpack_devices_are_refused_by_name(answer):
+    with pytest.raises(
+        TypeError, match="^k: got a Malformed whose __dlpack_device__ cannot be read .*, expected an array"
+    ):
+        view(Malformed(answer), "k")
+
+
+def test_what_cupy_cannot_import_is_refused_by_name(monkeypatch):
+    def from_dlpack(x):
+        raise BufferError("no stream for you")
+
+    monkeypatch.setattr(arrays, "_cupy", lambda: types.SimpleNamespace(from_dlpack=from_dlpack))
+    why = r"\(BufferError: no stream for you\)"
+    with pytest.raises(TypeError, match=f"^v: got an Elsewhere that CuPy cannot import {why}, expected an array"):
+        view(Elsewhere(np.zeros(2), 2), "v")
+
+
+def test_lists_are_refused_with_what_makes_an_array():
+    with pytest.raises(TypeError, match=r"^block_table: got a list, .*np.asarray\(block_table, np.int32\)"):
+        view([[0, 1]], "block_table")
+    with pytest.raises(TypeError, match=r"^sinks: got a tuple, .*np.asarray\(sinks, np.float32\)"):
+        view((0.0, 1.0), "sinks")
+
+
 def test_dlpack_objects_on_cuda_are_imported_by_cupy(runtime):
     foreign = Elsewhere(np.zeros(2), 2)
     foreign.imported = at_address(0x20000, (2, 8), "bfloat16")
@@ -476,6 +536,11 @@ def test_arrays_whose_owner_cannot_see_the_stream_live_until_the_work_is_done(ru
     runtime.capturing = True
     arrays.keep_until_done([theirs], 5)
     assert not arrays._in_flight, "in a graph there is no end of the work to wait for"
+    runtime.capturing = False
+    arrays.keep_until_done([theirs], 5)
+    runtime.capturing = True
+    arrays.keep_until_done([mine], 5)
+    assert len(arrays._in_flight) == 1, "asking an event would end the capture"
 
 
 # ---------------------------------------------------------------------------------------------- real devices

@@ -313,11 +313,11 @@ BAD_STEPS = [
     ({"k": None}, "k", "None", "k and v together"),
     ({"v": None}, "v", "None", "k and v together"),
     ({"cache_seqlens": None}, "cache_seqlens", "None", "how many tokens each sequence holds"),
-    ({"cache_seqlens": 8}, "cache_seqlens", "8 tokens plus 1 new", "0 to the 8"),
-    ({"cache_seqlens": -1}, "cache_seqlens", "-1 tokens plus 1 new", "0 to the 8"),
-    ({"cache_seqlens": 2**40}, "cache_seqlens", f"{2**40} tokens", "0 to the 8"),
+    ({"cache_seqlens": 8}, "cache_seqlens", "8 tokens plus 1 new", "at most the 8 that its rows hold"),
+    ({"cache_seqlens": -1}, "cache_seqlens", "-1", "a length of at least 0"),
+    ({"cache_seqlens": 2**40}, "cache_seqlens", f"{2**40} tokens", "at most the 8"),
     ({"cache_seqlens": True}, "cache_seqlens", "True", "an int, or an int32 array", TypeError),
-    ({"cache_seqlens": 3.0}, "cache_seqlens", "a float", "an array", TypeError),
+    ({"cache_seqlens": 3.0}, "cache_seqlens", "3.0", "an int, or an int32 array", TypeError),
     ({"cache_seqlens": ints(3, 8)}, "cache_seqlens", "8 tokens for sequence 1 plus 1 new", "at most the 8"),
     ({"cache_seqlens": ints(-1, 3)}, "cache_seqlens", "-1 for sequence 0", "at least 0"),
     ({"cache_seqlens": ints(3)}, "cache_seqlens", r"shape \(1,\)", r"\(2,\)"),
@@ -325,8 +325,8 @@ BAD_STEPS = [
     ({"cache_batch_idx": ints(0, 2)}, "cache_batch_idx", "2 for sequence 1", "0 to 1"),
     ({"cache_batch_idx": ints(1, 1)}, "cache_batch_idx", "the same cache entry twice", "distinct entries"),
     ({"cache_leftpad": ints(9, 0)}, "cache_leftpad", "9 for sequence 0", "0 to its length 4"),
-    ({"k": np.ones((2, 1, 2, 8), np.float16)}, "k", "float16", "the other arrays' dtype float32", TypeError),
-    ({"v": np.ones((2, 1, 2, 8), np.float16)}, "v", "float16", "the other arrays' dtype float32", TypeError),
+    ({"k": np.ones((2, 1, 2, 8), np.float16)}, "k", "float16", "q's dtype float32", TypeError),
+    ({"v": np.ones((2, 1, 2, 8), np.float16)}, "v", "float16", "q's dtype float32", TypeError),
     ({"k": np.ones((2, 2, 8), np.float32)}, "k", "3-D", r"4-D \(batch, seqlen_new, kv_heads, head_dim\)"),
     ({"k": np.ones((3, 1, 2, 8), np.float32)}, "k", "batch 3", "q's batch 2"),
     ({"k": np.ones((2, 2, 2, 8), np.float32)}, "v", r"\(2, 1, 2, 8\)", r"k's shape \(2, 2, 2, 8\)"),
@@ -390,9 +390,172 @@ def test_read_only_caches_are_refused_whole():
 
 def test_one_cache_cannot_take_both():
     cache, new = np.zeros(CACHE, np.float32), np.ones((2, 1, 2, 8), np.float32)
-    with refused("v_cache", "the memory of k_cache", "a cache of its own"):
+    with refused("v_cache", "overlaps k_cache in memory", "a cache of its own"):
         append_kv(cache, cache, new, new)
     assert not cache.any()
+
+
+def caches_within(shape, *views):
+    """Writable caches cut from one array."""
+    room = np.zeros(shape, np.float32)
+    return room, [cut(room) for cut in views]
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        ((2, 2, 8, 2, 8), lambda c: c[:, 0], lambda c: c[:, 1]),
+        ((2, 2, 8, 2, 8), lambda c: c[:, 1], lambda c: c[:, 0]),
+        ((2, 8, 2, 2, 8), lambda c: c[:, :, 0], lambda c: c[:, :, 1]),
+        ((2, 8, 2, 16), lambda c: c[..., :8], lambda c: c[..., 8:]),
+        ((2, 16, 2, 8), lambda c: c[:, ::2], lambda c: c[:, 1::2]),
+        ((2, 8, 4, 8), lambda c: c[:, :, :2], lambda c: c[:, :, 2:]),
+    ],
+)
+def test_caches_may_interleave(shape, first, second):
+    room, caches = caches_within(shape, first, second)
+    new = np.ones((2, 2, 1, 2, 8), np.float32)
+    append_kv(*caches, new[0], 2 * new[1], cache_seqlens=3)
+    assert (caches[0][:, 3] == 1).all() and (caches[1][:, 3] == 2).all() and room.sum() == 3 * new[0].size
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        ((2, 8, 2, 8), lambda c: c, lambda c: c[:, ::-1]),
+        ((2, 8, 2, 8), lambda c: c, lambda c: c[::-1]),
+        ((2, 9, 2, 8), lambda c: c[:, 1:], lambda c: c[:, :-1]),
+        ((2, 8, 3, 8), lambda c: c[:, :, 1:], lambda c: c[:, :, :-1]),
+    ],
+)
+def test_caches_that_share_rows_are_refused(shape, first, second):
+    room, caches = caches_within(shape, first, second)
+    new = np.ones((2, 2, 1, 2, 8), np.float32)
+    for _ in range(2):
+        with refused("v_cache", "overlaps k_cache in memory", "a cache of its own"):
+            append_kv(*caches, *new, cache_seqlens=3)
+    with refused("v_cache", "overlaps k_cache in memory", "a cache of its own"):
+        attention_with_kvcache(new[0], *caches, k=new[0], v=new[1], cache_seqlens=3)
+    with refused("v_cache", "overlaps k_cache in memory", "a cache of its own"):
+        cupyattn.explain(new[0], *caches, k=new[0], v=new[1], cache_seqlens=3)
+    assert not room.any()
+
+
+def test_new_rows_among_a_caches_are_refused():
+    caches, new = np.zeros((2, *CACHE), np.float32), np.ones((2, 2, 1, 2, 8), np.float32)
+    append_kv(*caches, *new)
+    caches[:] = 0
+    for cache, name in zip(caches, ("k_cache", "v_cache"), strict=True):
+        with refused("k", f"meets {name}'s", "memory of its own"):
+            append_kv(*caches, cache[:, 2:3], new[1])
+        with refused("v", f"meets {name}'s", "memory of its own"):
+            append_kv(*caches, new[0], cache[:, 2:3])
+    with refused("v", "meets k_cache's", "memory of its own"):
+        attention_with_kvcache(new[0], *caches, k=new[0], v=caches[0][:, :1], cache_seqlens=1)
+    assert not caches.any()
+
+
+def misaligned(array, offset=1):
+    """A copy of array that begins `offset` bytes behind an element's boundary."""
+    room = np.zeros(array.nbytes + 32, np.uint8)
+    start = -room.ctypes.data % 16 + offset
+    made = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    made[...] = array
+    return made
+
+
+def test_misaligned_arrays_are_refused_though_the_form_is_known():
+    x, cu_seqlens = np.ones((7, 2, 8), np.float32), ints(0, 3, 7)
+    slopes = np.ones(2, np.float32)
+    good = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "seqused_k": ints(3, 4)}
+    good |= {"alibi_slopes": slopes, "sinks": slopes, "out": np.empty_like(x)}
+    attention_varlen(**good)
+    for name, array in good.items():
+        with refused(name, "a misaligned array", "divisible by the 4 bytes"):
+            attention_varlen(**good | {name: misaligned(array)})
+    caches, new = np.zeros((2, *CACHE), np.float32), np.ones((2, 2, 1, 2, 8), np.float32)
+    append_kv(*caches, *new, cache_seqlens=ints(0, 0))
+    with refused("cache_seqlens", "a misaligned array", "divisible by the 4 bytes"):
+        append_kv(*caches, *new, cache_seqlens=misaligned(ints(0, 0)))
+    with refused("v_cache", "a misaligned array", "divisible by the 4 bytes"):
+        append_kv(caches[0], misaligned(caches[1]), *new, cache_seqlens=ints(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"softmax_scale": 1.0}, {"softmax_scale": True}),
+        ({"softcap": 1.0}, {"softcap": True}),
+        ({"causal": True}, {"causal": 1.0}),
+        ({"return_lse": False}, {"return_lse": 0.0}),
+        ({"window": (1, 0)}, {"window": (1.0, 0)}),
+        ({"window": [1, 0]}, {"window": [1.0, 0]}),
+    ],
+    ids=str,
+)
+def test_equal_options_of_another_type_are_still_refused(good, bad):
+    x = np.ones((1, 1, 1, 8), np.float32)
+    for _ in range(2):
+        attention(x, x, x, **good)
+        with pytest.raises(TypeError, match=f"^{next(iter(bad))}: got "):
+            attention(x, x, x, **bad)
+
+
+def test_packed_queries_over_dense_keys_are_refused():
+    q, k, cu_seqlens = np.ones((7, 2, 8), np.float32), np.ones((2, 7, 2, 8), np.float32), ints(0, 3, 7)
+    with refused("k", "4-D shape", "3-D packed .total_k, kv_heads, head_dim., or block_table for a paged cache"):
+        attention_varlen(q, k, k, cu_seqlens)
+
+
+def test_complaints_say_what_to_do():
+    q, caches = np.ones((2, 1, 2, 8), np.float32), np.ones((2, 6, 8, 2, 8), np.float32)
+    with refused(
+        "k_cache", "batch 6", "q's batch 2; for a paged cache pass block_table, for a larger .*cache_batch_idx"
+    ):
+        attention_with_kvcache(q, *caches)
+    with refused("cache_batch_idx", "a list", r"np.asarray\(cache_batch_idx, np.int32\)", TypeError):
+        attention_with_kvcache(q, *caches, cache_batch_idx=[0, 1])
+    with refused("cache_seqlens", "5.0", "an int, or an int32 array", TypeError):
+        attention_with_kvcache(q, *caches[:, :2], cache_seqlens=5.0)
+    x = np.ones((7, 2, 8), np.float32)
+    with refused("cu_seqlens_q", "3 as its first entry", r"0: cumulative lengths, as in \[0, 4, 10\]"):
+        attention_varlen(x, x, x, ints(3, 4))
+
+
+# ------------------------------------------------------------------------------------------------- RaggedArray
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_ragged_arrays_bring_their_lengths(rng, library):
+    q, k, v = normal(rng, 7, 4, 16), *normal(rng, 2, 9, 2, 16)
+    given = [in_library(library, array) for array in (q, k, v)]
+    ends_q, ends_k = [0, 3, 7], [0, 4, 9]
+    ragged_q, ragged_k = cupyattn.RaggedArray(given[0], ends_q), cupyattn.RaggedArray(given[1], ends_k)
+    expected = to_numpy(attention_varlen(*(q, k, v), ints(*ends_q), ints(*ends_k), causal=True))
+    out, lse = attention_varlen(ragged_q, ragged_k, ragged_k.with_values(given[2]), causal=True, return_lse=True)
+    assert type(out) is cupyattn.RaggedArray and out.lengths.tolist() == [3, 4] and tuple(lse.shape) == (4, 7)
+    close(out.values, expected)
+    again = cupyattn.RaggedArray(given[2], ends_k)
+    close(attention_varlen(ragged_q, ragged_k, again, causal=True).values, expected)
+    plain_q = attention_varlen(given[0], given[1], again, ragged_q.cu_seqlens, causal=True)
+    assert type(plain_q) is type(given[0])
+    close(plain_q, expected)
+    if library != "jax":
+        room = ragged_q.with_values(in_library(library, np.zeros_like(q)))
+        assert attention_varlen(ragged_q, ragged_k, again, causal=True, out=room) is room
+        close(room.values, expected)
+
+
+def test_contradictory_lengths_are_refused():
+    x = np.ones((7, 2, 8), np.float32)
+    q, other = cupyattn.RaggedArray(x, [0, 3, 7]), cupyattn.RaggedArray(x, [0, 4, 7])
+    attention_varlen(q, q, q, q.cu_seqlens, q.cu_seqlens)
+    with refused("cu_seqlens_q", "an array besides q's own", "None, as q is a RaggedArray"):
+        attention_varlen(q, q, q, ints(0, 4, 7))
+    with refused("cu_seqlens_k", "an array besides k's own", "None, as k is a RaggedArray"):
+        attention_varlen(q, q, q, None, ints(0, 4, 7))
+    with refused("v", "a RaggedArray of other lengths", "k's lengths"):
+        attention_varlen(q, q, other)
 
 
 def test_unknown_options_are_pythons_to_refuse():
@@ -422,7 +585,7 @@ def test_packed_calls_name_their_arguments():
 
 def test_a_refused_append_names_its_arguments():
     caches, new = np.zeros((2, *CACHE), np.float32), np.ones((2, 2, 3, 2, 8), np.float32)
-    with refused("cache_seqlens", "6 tokens plus 3 new", "0 to the 8"):
+    with refused("cache_seqlens", "6 tokens plus 3 new", "at most the 8"):
         append_kv(*caches, *new, cache_seqlens=6)
     with refused("cu_seqlens_new", "4 as its last entry", "at most 3, k's rows"):
         append_kv(*caches, *new[:, 0], cu_seqlens_new=ints(0, 1, 4))
@@ -483,7 +646,7 @@ def test_out_that_cannot_be_written_is_refused(rng):
     read_only.flags.writeable = False
     with refused("out", "a read-only numpy array", "a writable one"):
         attention(x, x, x, out=read_only)
-    with refused("out", "a broadcast array", "distinct"):
+    with refused("out", "overlaps itself", "distinct"):
         attention(x, x, x, out=np.lib.stride_tricks.as_strided(before, x.shape, (0, *x.strides[1:])))
     jnp = pytest.importorskip("jax.numpy")
     with refused("out", "JAX arrays are immutable", "a NumPy array on the CPU"):
@@ -681,7 +844,7 @@ def test_an_int_length_becomes_an_array_only_after_all_is_checked(device, monkey
     made = []
     monkeypatch.setattr(module, "full", lambda *a: made.append(a) or arrays.empty(a[0], a[1], a[3]))
     q, k, v = qkv()
-    with refused("cache_seqlens", "6 tokens", "0 to the 5"):
+    with refused("cache_seqlens", "6 tokens", "at most the 5"):
         attention_with_kvcache(q, k, v, cache_seqlens=6)
     with refused("k", "batch 1", "q's batch 2"):
         attention_with_kvcache(q, k, v, k=k[:1], v=v[:1], cache_seqlens=1)
@@ -717,7 +880,7 @@ def test_an_int_length_is_checked_without_reading_the_device(device, monkeypatch
     monkeypatch.setattr(module, "full", lambda like, shape, value, dtype: arrays.empty(like, shape, dtype))
     attention_with_kvcache(q, k, v, cache_seqlens=5, check=True)
     assert len(device.launches) == 1
-    with refused("cache_seqlens", "-1 tokens", "0 to the 5"):
+    with refused("cache_seqlens", "-1", "a length of at least 0"):
         attention_with_kvcache(q, k, v, cache_seqlens=-1, check=True)
     assert len(device.launches) == 1
 

@@ -97,8 +97,97 @@ def test_bad_arguments_are_refused_as_by_the_call():
         cupyattn.explain(q, k, v, k=k, cache_seqlens=1)
     with pytest.raises(ValueError, match="window"):
         cupyattn.explain(q, k, v, window=(-2, 0))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"explain\(\) got an unexpected keyword argument 'colour'"):
         cupyattn.explain(q, k, v, colour="blue")
+
+
+def outcome(function, *arrays, **options):
+    try:
+        function(*arrays, **options)
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+    return None
+
+
+def test_each_refusal_is_that_of_the_call():
+    """Word for word, for every way in."""
+    q, k, v = arrays(seqlen_q=1)
+    new = np.ones((2, 1, 2, 64), np.float16)
+    used = np.array([3, 3], np.int32)
+    cached = [
+        {"k": new},
+        {"k": new, "v": new},
+        {"k": new, "v": new, "cache_seqlens": 160},
+        {"k": new, "v": new, "cache_seqlens": np.array([3, 160], np.int32)},
+        {"k": new[:1], "v": new[:1], "cache_seqlens": 3},
+        {"k": new[0], "v": new[0], "cache_seqlens": 3},
+        {"k": k[:, :1], "v": new, "cache_seqlens": 3},
+        {"k": new, "v": new, "cache_seqlens": 3, "cache_batch_idx": np.array([1, 1], np.int32)},
+        {"cache_seqlens": True},
+        {"cache_seqlens": 5.0},
+        {"cache_seqlens": -1},
+        {"cache_seqlens": 161},
+        {"cache_seqlens": used.astype(np.int64)},
+        {"cache_seqlens": used, "kernel": "fast"},
+        {"cache_seqlens": used, "window": (-2, 0)},
+        {"cache_seqlens": used, "check": "yes"},
+        {"cache_seqlens": used, "out": k},
+        {"cache_seqlens": used, "out": q},
+        {"cache_leftpad": np.array([161, 0], np.int32)},
+    ]
+    for options in cached:
+        expected = outcome(cupyattn.attention_with_kvcache, q, k, v, **options)
+        assert expected is not None, options
+        assert outcome(cupyattn.explain, q, k, v, **options) == expected
+    x = np.ones((7, 2, 64), np.float16)
+    ends = np.array([0, 3, 7], np.int32)
+    for packed in (
+        (x, x[:6], x[:6], ends),
+        (x, x, x, ends + 1),
+        (x, x, x, ends, ends[:2]),
+        (x, k, k, ends),
+        (x, x, x, [0, 3, 7]),
+    ):
+        expected = outcome(cupyattn.attention_varlen, *packed)
+        assert expected is not None
+        assert outcome(cupyattn.explain, *packed) == expected
+
+
+def test_arguments_of_two_functions_do_not_mix():
+    q, k, v = arrays()
+    with pytest.raises(ValueError, match="^seqused_k: got given without cu_seqlens_q"):
+        cupyattn.explain(q, k, v, seqused_k=np.array([1, 1], np.int32))
+    x, ends = np.ones((7, 2, 64), np.float16), np.array([0, 3, 7], np.int32)
+    with pytest.raises(ValueError, match="^cache_seqlens: got given together with cu_seqlens_q"):
+        cupyattn.explain(x, x, x, ends, cache_seqlens=3)
+
+
+def test_ragged_arrays():
+    q = cupyattn.RaggedArray(np.ones((30, 8, 64), np.float16), [0, 10, 30])
+    assert cupyattn.explain(q, q, q).flops == 4 * (100 + 400) * 8 * 64
+
+
+@pytest.mark.parametrize("arch", ["90", "90a", "sm_90", "sm_90a", "9.0", 9.0, 90])
+def test_spellings_of_a_chip(arch):
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    assert cupyattn.explain(*arrays(), arch=arch).device == "H100, H200 (sm_90a)"
+
+
+def test_singular_and_plural_and_long_times():
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    text = str(cupyattn.explain(*arrays(batch=1, seqlen_q=1, seqlen_k=64, heads=1, kv_heads=1), arch="90"))
+    assert "1 query," in text and "1 head over 1 kv head," in text and "us, bound by" in text
+    q = np.broadcast_to(np.ones(128, np.float16), (1, 1 << 17, 8, 128))
+    assert "ms, bound by" in str(cupyattn.explain(q, q, q, arch="90"))
+
+
+@pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_no_work(batch, seqlen_q, seqlen_k):
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    for arch in (None, "90"):
+        found = cupyattn.explain(*arrays(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k), arch=arch)
+        assert found.flops == 0 and "work 0 FLOP" in str(found)
+        assert (found.kernel == "none") == (not batch or not seqlen_q)
 
 
 @pytest.mark.gpu

@@ -31,6 +31,16 @@ def moved(found: View, **changes) -> View:
     return dataclasses.replace(found, **changes)
 
 
+def shifted(found: View, offset: int) -> View:
+    """The same array said to lie some bytes behind a multiple of 16."""
+    return moved(found, pointer=found.pointer // 16 * 16 + offset)
+
+
+def broadcast(*shape) -> View:
+    """An array of any size in the memory of one row."""
+    return view(np.broadcast_to(np.zeros(shape[-1], np.float16), shape))
+
+
 def refused(argument, came, expected, kind=ValueError):
     return pytest.raises(kind, match=f"^{argument}: got .*{came}.*, expected .*{expected}")
 
@@ -68,7 +78,7 @@ def test_a_dense_call():
         alignment=problem.alignment,
         out_alignment=16,
     )
-    assert (problem.group, problem.masked, problem.itemsize) == (4, False, 2)
+    assert (problem.group, problem.itemsize) == (4, 2)
 
 
 def test_equal_calls_make_equal_problems():
@@ -155,7 +165,7 @@ def test_alignment_is_what_divides_every_rows_address(width, offset, alignment):
 def test_causal_and_window_become_one(window, causal, expected):
     q = array(1, 2, 1, 8)
     problem = describe(q, q, q, window=window, causal=causal)
-    assert problem.window == expected and problem.masked == (expected != (-1, -1))
+    assert problem.window == expected
 
 
 @pytest.mark.parametrize(("softcap", "expected"), [(None, 0.0), (0, 0.0), (0.0, 0.0), (30, 30.0), (np.float32(2), 2.0)])
@@ -168,6 +178,13 @@ def test_softcap(softcap, expected):
 def test_softmax_scale(scale, expected):
     q = array(1, 2, 1, 8)
     assert describe(q, q, q, softmax_scale=scale).softmax_scale == expected
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_numbers_are_rounded_as_the_arithmetic_is(name):
+    q = array(1, 2, 1, 8)
+    assert getattr(describe(q, q, q, **{name: 0.1}), name) == float(np.float32(0.1))
+    assert getattr(describe(q, q, q, **{name: 0.1}, out_dtype="float64"), name) == 0.1
 
 
 def test_biases():
@@ -214,7 +231,7 @@ BAD = [
     (DENSE, {"k": array(2, 7, 4, 64, 1)}, "k", "5-D", r"4-D \(batch, seqlen_k, kv_heads, head_dim\)"),
     (DENSE, {"v": array(64)}, "v", "1-D", "4-D"),
     (PACKED, {"q": array(1, 9, 8, 64)}, "q", "4-D", r"3-D \(total_q, heads, head_dim\)"),
-    (PACKED, {"k": array(1, 11, 4, 64)}, "k", "4-D", r"3-D \(total_k, kv_heads, head_dim\)"),
+    (PACKED, {"k": array(1, 11, 4, 64)}, "k", "4-D", r"3-D packed \(total_k, kv_heads, head_dim\), or block"),
     (PAGED, {"k": array(160, 4, 64)}, "k", "3-D", r"4-D \(num_blocks, block_size, kv_heads, head_dim\)"),
     (PAGED, {"k": array(160, 4, 64), "layout": "HND"}, "k", "3-D", r"\(num_blocks, kv_heads, block_size, head_dim\)"),
     # head counts and head_dim
@@ -233,8 +250,8 @@ BAD = [
     # dtypes
     (DENSE, {"q": array(2, 5, 8, 64, dtype=np.float64)}, "q", "float64", "float16 or bfloat16 or float32", TypeError),
     (DENSE, {"q": array(2, 5, 8, 64, dtype=np.int32)}, "q", "int32", "float16 or", TypeError),
-    (DENSE, {"k": array(2, 7, 4, 64, **FLOAT32)}, "k", "float32", "the other arrays' dtype float16", TypeError),
-    (DENSE, {"v": array(2, 7, 4, 64, **FLOAT32)}, "v", "float32", "the other arrays' dtype float16", TypeError),
+    (DENSE, {"k": array(2, 7, 4, 64, **FLOAT32)}, "k", "float32", "q's dtype float16", TypeError),
+    (DENSE, {"v": array(2, 7, 4, 64, **FLOAT32)}, "v", "float32", "q's dtype float16", TypeError),
     # devices
     (DENSE, {"k": moved(DENSE["k"], device=1)}, "k", "an array on cuda:1", "the other arrays' device cpu"),
     (DENSE, {"q": moved(DENSE["q"], device=0)}, "k", "an array on cpu", "the other arrays' device cuda:0"),
@@ -268,7 +285,68 @@ BAD = [
     (DENSE, {"layout": "HND"}, "layout", "'HND' without block_table", "'NHD'"),
     (DENSE, {"cache_batch_idx": array(2, dtype=np.int64)}, "cache_batch_idx", "int64", "int32", TypeError),
     (DENSE, {"cache_leftpad": ints(0, 0, 0)}, "cache_leftpad", r"shape \(3,\)", r"\(2,\)"),
+    # packed queries over keys that are not packed
+    (PACKED, {"k": array(2, 7, 4, 64), "cu_seqlens_k": None}, "k", "4-D", "3-D packed .*, or block_table for a paged"),
+    (PACKED, {"v": array(2, 7, 4, 64)}, "v", "4-D", "3-D packed .*, or block_table for a paged cache"),
+    # addresses
+    (DENSE, {"q": shifted(DENSE["q"], 1)}, "q", "a misaligned array", "divisible by the 2 bytes"),
+    (DENSE, {"k": shifted(DENSE["k"], 1)}, "k", "a misaligned array", "divisible by the 2 bytes"),
+    (DENSE, {"v": shifted(DENSE["v"], 1)}, "v", "a misaligned array", "divisible by the 2 bytes"),
+    (DENSE, {"out": shifted(DENSE["q"], 1)}, "out", "a misaligned array", "divisible by the 2 bytes"),
+    (DENSE, {"sinks": shifted(array(8, **FLOAT32), 2)}, "sinks", "a misaligned array", "divisible by the 4 bytes"),
+    (DENSE, {"alibi_slopes": shifted(array(8, **FLOAT32), 1)}, "alibi_slopes", "a misaligned array", "4 bytes"),
+    (PACKED, {"cu_seqlens_q": shifted(ints(0, 4, 9), 2)}, "cu_seqlens_q", "a misaligned array", "4 bytes"),
+    (PACKED, {"cu_seqlens_k": shifted(ints(0, 4, 9), 1)}, "cu_seqlens_k", "a misaligned array", "4 bytes"),
+    (PAGED, {"seqused_k": shifted(ints(0, 4), 3)}, "seqused_k", "a misaligned array", "4 bytes"),
+    (PAGED, {"block_table": shifted(array(2, 3, dtype=np.int32), 2)}, "block_table", "a misaligned array", "4 bytes"),
+    (DENSE, {"cache_batch_idx": shifted(ints(0, 1), 2)}, "cache_batch_idx", "a misaligned array", "4 bytes"),
+    (DENSE, {"cache_leftpad": shifted(ints(0, 1), 2)}, "cache_leftpad", "a misaligned array", "4 bytes"),
+    # what kernels count in int32
+    (DENSE, {"q": broadcast(2, 2**30, 8, 64)}, "q", f"{2**31} rows in all", r"fewer than 2\*\*31"),
+    (PACKED, {"q": broadcast(2**31, 8, 64)}, "q", f"{2**31} rows in all", r"fewer than 2\*\*31"),
+    (DENSE, {name: broadcast(2, 2**31, 4, 64) for name in "kv"}, "k", f"{2**31} rows for a sequence", "fewer"),
+    (PACKED, {name: broadcast(2**31, 4, 64) for name in "kv"}, "k", f"{2**31} rows", "fewer"),
+    (PAGED, {name: broadcast(2**31, 16, 4, 64) for name in "kv"}, "k", f"{2**31} blocks", "fewer"),
+    (PAGED, {name: broadcast(2, 2**30, 4, 64) for name in "kv"}, "block_table", f"{3 * 2**30} rows", "fewer"),
+    # what to do instead
+    (
+        DENSE,
+        {"q": array(2, 5, 8, 64, dtype=np.float64)},
+        "q",
+        "float64",
+        r"q.astype\(np.float32\), with kernel='numpy_f",
+        TypeError,
+    ),
+    (
+        DENSE,
+        {"q": moved(array(2, 5, 8, 64, dtype=np.float64), library="torch")},
+        "q",
+        "float64",
+        r"q.to\(torch.float32\)",
+        TypeError,
+    ),
+    (
+        PAGED,
+        {"seqused_k": array(2, dtype=np.int64)},
+        "seqused_k",
+        "int64",
+        r"int32: pass seqused_k.astype\(np.int32\)",
+        TypeError,
+    ),
+    (
+        PAGED,
+        {name: array(10, 4, 3, 64) for name in "kv"},
+        "k",
+        "3 heads where q has 8",
+        "or layout='HND', as axis 1 would fit",
+    ),
     # masks
+    (DENSE, {"softmax_scale": 1e39}, "softmax_scale", r"1e\+39", "at most 3.4e"),
+    (DENSE, {"softmax_scale": 1e-60}, "softmax_scale", "1e-60", "float32 does not round to 0"),
+    (DENSE, {"softmax_scale": 10**400}, "softmax_scale", "too large for any float", "at most 3.4e"),
+    (DENSE, {"softcap": 1e39}, "softcap", r"1e\+39", "at most 3.4e"),
+    (DENSE, {"softcap": 1e-60}, "softcap", "1e-60", "float32 does not round to 0"),
+    (DENSE, {"softcap": 10**5000}, "softcap", "too large for any float", "at most 3.4e"),
     (DENSE, {"window": (-2, 0)}, "window", r"\(-2, 0\)", "-1"),
     (DENSE, {"window": (0, -7)}, "window", r"\(0, -7\)", "-1"),
     (DENSE, {"window": 5}, "window", "5", r"\(left, right\) as two ints", TypeError),
@@ -298,7 +376,7 @@ BAD = [
     (DENSE, {"out": array(2, 5, 8, 64), "out_dtype": "float64"}, "out", "float16", "float64", TypeError),
     (DENSE, {"out": READ_ONLY}, "out", "a read-only numpy array", "a writable one"),
     (DENSE, {"out": moved(READ_ONLY, library="jax")}, "out", "JAX arrays are immutable", "CuPy array on CUDA, a NumPy"),
-    (DENSE, {"out": moved(array(2, 5, 8, 64), strides=(0, 512, 64, 1))}, "out", "a broadcast array", "distinct"),
+    (DENSE, {"out": moved(array(2, 5, 8, 64), strides=(0, 512, 64, 1))}, "out", "overlaps itself", "distinct"),
     (DENSE, {"out": view(np.zeros((2, 5, 8, 128), np.float16)[..., ::2])}, "out", "stride 2 in the last", "contiguous"),
 ]
 
@@ -352,6 +430,33 @@ def test_a_dense_append():
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "distinct"),
+    [
+        ((2, 16, 4, 64), (4096, 256, 64, 1), True),
+        ((2, 4, 16, 64), (4096, 64, 256, 1), True),
+        ((2, 16, 4, 64), (-8192, 256, -64, 1), True),
+        ((2, 16, 1, 64), (4096, 256, 0, 1), True),
+        ((2, 16, 4, 64), (0, 256, 64, 1), False),
+        ((2, 16, 4, 64), (256, 256, 64, 1), False),
+        ((2, 16, 4, 64), (4096, 192, 64, 1), False),
+        ((2, 16, 4, 64), (4096, 256, 63, 1), False),
+        ((2, 16, 4, 64), (4096, -192, 64, 1), False),
+        ((0, 16, 4, 64), (0, 0, 0, 1), True),
+    ],
+)
+def test_only_arrays_without_overlap_can_be_written(shape, strides, distinct):
+    q = array(*shape)
+    out = moved(q, strides=strides)
+    if distinct:
+        describe(q, q, q, out=out)
+        return
+    with refused("out", "overlaps itself", "distinct"):
+        describe(q, q, q, out=out)
+    with refused("k_cache", "overlaps itself", "distinct"):
+        describe_append(**NEW | {"k_cache": out})
+
+
 def test_a_packed_append_into_pages():
     described = describe_append(**NEW_PACKED)
     assert (described.batch, described.total_new, described.seqlen_new, described.packed_new) == (2, 7, 7, True)
@@ -374,7 +479,19 @@ BAD_APPENDS = [
     (NEW, {"k": array(3, 3, 4, 64), "v": array(3, 3, 4, 64)}, "k_cache", "batch 2", "k's batch 3"),
     (NEW, {"k_cache": moved(NEW["k_cache"], readonly=True)}, "k_cache", "a read-only numpy array", "a writable one"),
     (NEW, {"v_cache": moved(NEW["v_cache"], library="jax")}, "v_cache", "JAX arrays are immutable", "from_dlpack"),
-    (NEW, {"v_cache": moved(NEW["v_cache"], strides=(0, 256, 64, 1))}, "v_cache", "a broadcast array", "distinct"),
+    (NEW, {"v_cache": moved(NEW["v_cache"], strides=(0, 256, 64, 1))}, "v_cache", "overlaps itself", "distinct"),
+    (NEW, {"k": array(6, 4, 64)}, "k", "3-D", "or cu_seqlens_new for packed rows"),
+    (NEW, {"k": shifted(NEW["k"], 1)}, "k", "a misaligned array", "2 bytes"),
+    (NEW, {"v_cache": shifted(NEW["v_cache"], 1)}, "v_cache", "a misaligned array", "2 bytes"),
+    (NEW, {"cache_seqlens": shifted(ints(0, 1), 2)}, "cache_seqlens", "a misaligned array", "4 bytes"),
+    (NEW_PACKED, {"k": broadcast(2**31, 4, 64), "v": broadcast(2**31, 4, 64)}, "k", f"{2**31} rows", "fewer"),
+    (
+        NEW_PACKED,
+        {"k_cache": array(10, 4, 16, 64), "v_cache": array(10, 4, 16, 64)},
+        "k",
+        "4 heads",
+        "16 heads, or layout='HND'",
+    ),
     (NEW, {"cache_seqlens": array(2, dtype=np.int64)}, "cache_seqlens", "int64", "int32", TypeError),
     (NEW, {"cache_seqlens": ints(1)}, "cache_seqlens", r"shape \(1,\)", r"\(2,\)"),
     (NEW, {"cache_batch_idx": ints(1)}, "cache_batch_idx", r"shape \(1,\)", r"\(2,\)"),
@@ -522,6 +639,27 @@ def test_decreasing_is_noticed_where_the_difference_overflows():
 
 def test_spare_entries_of_a_table_may_hold_anything():
     check(paged_problem(), seqused_k=[5, 0], block_table=[[0, 5, -1], [INT_MAX, -1, 99]])
+
+
+def windowed(left, seqlen_q=1, leftpad=False):
+    q, k = array(2, seqlen_q, 2, 8), array(6, 4, 2, 8)
+    index = array(2, dtype=np.int32)
+    pad = {"cache_leftpad": index} if leftpad else {}
+    table = array(2, 3, dtype=np.int32)
+    return describe(q, k, k, block_table=table, seqused_k=index, window=(left, 0), **pad)
+
+
+def test_blocks_that_no_query_sees_may_be_gone():
+    table = [[-1, -1, 0], [-1, 1, 2]]
+    check(windowed(3), seqused_k=[12, 8], block_table=table)  # the last query of 12 sees 8 to 11
+    check(windowed(2, seqlen_q=2), seqused_k=[12, 8], block_table=table)
+    with refused("block_table", r"block -1 at \[0, 1\]", "0 to 5"):
+        check(windowed(4), seqused_k=[12, 8], block_table=table)
+    with refused("block_table", r"block -1 at \[0, 1\]", "0 to 5"):
+        check(windowed(3, seqlen_q=2), seqused_k=[12, 8], block_table=table)
+    check(windowed(-1, leftpad=True), seqused_k=[12, 8], cache_leftpad=[8, 4], block_table=table)
+    with refused("block_table", r"block -1 at \[0, 1\]", "0 to 5"):
+        check(windowed(-1, leftpad=True), seqused_k=[12, 8], cache_leftpad=[7, 4], block_table=table)
 
 
 def test_sequences_may_share_blocks_for_reading():

@@ -489,7 +489,7 @@ def show_compiled(compiled: dict[str, Any], console: Console) -> None:
     """One line for the compiler, one for the disk cache."""
     cold, warm = compiled["cold_seconds"], compiled["warm_load_ms"]
     console.print(
-        f"cold compile, {compiled['variants']} kernels: median {cold['median']:.2f} s, highest {cold['highest']:.2f} s\n"
+        f"cold compile of {compiled['variants']}: median {cold['median']:.2f} s, highest {cold['highest']:.2f} s\n"
         f"load from the disk cache: median {warm['median']:.1f} ms, highest {warm['highest']:.1f} ms",
         highlight=False,
     )
