@@ -485,5 +485,7 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ImportError('CUDA arrays need CuPy: pip install "cupyattn[cu12]" (or cu13)') from error
+        from .jit.compile import INSTALL
+
+        raise ImportError(f"CUDA arrays need CuPy: {INSTALL[12]} (or for CUDA 13: {INSTALL[13]})") from error
     return cupy

@@ -110,12 +110,15 @@ def bench(
     contenders: Annotated[
         str,
         typer.Option(
+            "--contenders",
             metavar="NAMES",
             help="Some of cupyattn, fa2, cudnn, fa4 and flashinfer, with commas between; auto: all that can be "
             "imported except flashinfer, which compiles for minutes.",
         ),
     ] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Times that each cell is gone through.")] = 3,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, metavar="N", help="Times that each cell is gone through.")
+    ] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Only the six cells of 2048 tokens a sequence.")] = False,
     host: Annotated[bool, typer.Option("--host", help="Only the host time of a call.")] = False,
     tiles_path: Annotated[

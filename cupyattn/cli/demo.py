@@ -119,19 +119,28 @@ def demo(
         ),
     ] = None,
     device: Annotated[
-        Device, typer.Option(metavar="DEVICE", help="cpu, cuda, or auto: the GPU if there is one.")
+        Device, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, or auto: the GPU if there is one.")
     ] = Device.auto,
-    requests: Annotated[int, typer.Option(min=1, metavar="N", help="How many requests are served together.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Bytes generated for each request.")] = 64,
-    block_size: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens held by one cache block.")] = 16,
+    requests: Annotated[
+        int, typer.Option("--requests", min=1, metavar="N", help="How many requests are served together.")
+    ] = 16,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, metavar="N", help="Bytes generated for each request.")
+    ] = 64,
+    block_size: Annotated[
+        int, typer.Option("--block-size", min=1, metavar="N", help="Tokens held by one cache block.")
+    ] = 16,
     dtype: Annotated[
         Precision,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             help="float16, bfloat16, float32, or auto: float32 on a CPU, bfloat16 or float16 on a GPU.",
         ),
     ] = Precision.auto,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the weights, the cuts and the sampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, metavar="N", help="Seed of the weights, the cuts and the sampling.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Serve text from a paged KV cache: packed prefill, paged decode, every attention output checked.

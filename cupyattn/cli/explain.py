@@ -14,42 +14,57 @@ from .device import Device, Precision, array_module, dtype_of
 
 
 def explain(
-    batch: Annotated[int, typer.Option(min=0, metavar="N", help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=0, metavar="N", help="Sequences.")] = 1,
     seqlen_q: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Queries of each sequence; 1 is a decode step.")
+        int, typer.Option("--seqlen-q", min=0, metavar="N", help="Queries of each sequence; 1 is a decode step.")
     ] = 2048,
     seqlen_k: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Keys of each sequence.", show_default="as --seqlen-q")
+        int | None,
+        typer.Option("--seqlen-k", min=0, metavar="N", help="Keys of each sequence.", show_default="as --seqlen-q"),
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.")] = 32,
+    heads: Annotated[int, typer.Option("--heads", min=1, metavar="N", help="Query heads.")] = 32,
     kv_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Key and value heads; must divide the query heads.", show_default="as --heads"
+            "--kv-heads",
+            min=1,
+            metavar="N",
+            help="Key and value heads; must divide the query heads.",
+            show_default="as --heads",
         ),
     ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers in a head, up to 256.")] = 128,
+    head_dim: Annotated[
+        int, typer.Option("--head-dim", min=1, metavar="N", help="Numbers in a head, up to 256.")
+    ] = 128,
     dtype: Annotated[
-        Precision, typer.Option(metavar="DTYPE", help="float16, bfloat16, float32, or auto for the best here.")
+        Precision,
+        typer.Option("--dtype", metavar="DTYPE", help="float16, bfloat16, float32, or auto for the best here."),
     ] = Precision.bfloat16,
     causal: Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own position.")] = False,
     window: Annotated[
         tuple[int, int] | None,
         typer.Option(
-            metavar="LEFT RIGHT", help="Keys that a query sees on both sides; -1 for all.", show_default=False
+            "--window",
+            metavar="LEFT RIGHT",
+            help="Keys that a query sees on both sides; -1 for all.",
+            show_default=False,
         ),
     ] = None,
     softcap: Annotated[
-        float | None, typer.Option(metavar="C", help="Bend scores s to C tanh(s / C).", show_default=False)
+        float | None, typer.Option("--softcap", metavar="C", help="Bend scores s to C tanh(s / C).", show_default=False)
     ] = None,
     block_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Take keys from a paged cache of such blocks.", show_default=False),
+        typer.Option(
+            "--block-size", min=1, metavar="N", help="Take keys from a paged cache of such blocks.", show_default=False
+        ),
     ] = None,
     kernel: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, forward_sm80, forward_simt, numpy or numpy_float64.")
+        str, typer.Option("--kernel", metavar="NAME", help="auto, forward_sm80, forward_simt, numpy or numpy_float64.")
     ] = "auto",
-    arch: Annotated[str | None, typer.Option(metavar="ARCH", help=HELP, show_default="the GPU here, or NumPy")] = None,
+    arch: Annotated[
+        str | None, typer.Option("--arch", metavar="ARCH", help=HELP, show_default="the GPU here, or NumPy")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the explanation as JSON.")] = False,
 ) -> None:
     """Say which kernel a call takes and why: tile, registers, shared memory, work, and the time no kernel can beat.

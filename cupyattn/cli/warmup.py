@@ -34,13 +34,18 @@ class Job:
 
 
 def warmup(
-    arch: Annotated[list[str] | None, typer.Option(metavar="ARCH", help=HELP, show_default="the GPUs here")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option("--arch", metavar="ARCH", help=HELP, show_default="the GPUs here")
+    ] = None,
     head_dim: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Head dimension, 1 to 256.", show_default="64, 128")
+        list[int] | None,
+        typer.Option("--head-dim", metavar="N", help="Head dimension, 1 to 256.", show_default="64, 128"),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="DTYPE", help="float16, bfloat16 or float32.", show_default="float16, bfloat16"),
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="float16, bfloat16 or float32.", show_default="float16, bfloat16"
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All supported architectures.")] = False,
     verbose: Annotated[
