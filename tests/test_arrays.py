@@ -318,7 +318,7 @@ print(time.process_time() - start)
 
 def test_cuda_arrays_without_cupy_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match=r'pip install "cupyattn\[cu12\]"'):
+    with pytest.raises(ImportError, match=r"pip install .cupy-cuda12x"):
         view(Elsewhere(np.zeros(3, np.float32), 2), "q")
 
 
