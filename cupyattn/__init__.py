@@ -12,15 +12,19 @@ from __future__ import annotations
 from .attention import append_kv, attention, attention_varlen, attention_with_kvcache
 from .explain import Explanation, explain
 from .ragged import RaggedArray
+from .rotary import apply_rotary
+from .states import merge_states
 
 __all__ = [
     "Explanation",
     "RaggedArray",
     "append_kv",
+    "apply_rotary",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
     "explain",
+    "merge_states",
 ]
 
 

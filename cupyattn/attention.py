@@ -10,6 +10,7 @@ scores never in memory. Names, shapes and the bottom-right alignment of masks ar
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 import threading
@@ -24,21 +25,14 @@ import numpy as np
 from .arrays import (
     INDEX_ROLES,
     View,
-    current_device,
-    current_stream,
     deliver,
     device_name,
     empty,
     fill,
-    full,
     host_array,
-    keep_until_done,
-    on_device,
-    other_stream,
     overlap,
     reach,
     view,
-    wait,
 )
 from .kernels.operands import AppendOperands, Operands
 from .problem import (
@@ -46,19 +40,23 @@ from .problem import (
     Append,
     Problem,
     check_indices,
+    check_uniform,
     describe,
     describe_append,
     distinct,
     refuse,
-    same_kind,
 )
 from .ragged import RaggedArray
+from .streams import device_of, in_order
 
 Array = Any  # an array of NumPy, CuPy, PyTorch, JAX, or of any library that speaks DLPack
 
 CPU_KERNELS = ("auto", "numpy", "numpy_float64")
-CUDA_KERNELS = ("auto", "forward_sm80", "forward_simt")
+CUDA_KERNELS = ("auto", "decode", "forward_sm80", "forward_simt")
 CHECK_VARIABLE = "CUPYATTN_CHECK"
+CACHE_NAMES = ("k_cache", "v_cache", "cache_seqlens")  # what attention_with_kvcache calls k, v and seqused_k
+# The options of calls without a cache: kv_dtype, k_scale, v_scale, rotary_interleaved, num_splits.
+NO_CACHE = (None, None, None, True, 0)
 
 
 def attention(
@@ -79,6 +77,10 @@ def attention(
 ) -> Array | tuple[Array, Array]:
     """Attention over dense arrays: softmax(softmax_scale * q @ k.T + masks) @ v for each head.
 
+    The algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691), the arguments are those of flash_attn_func in the
+    flash_attn package. alibi_slopes are ALiBi's (Press, Smith and Lewis 2021, arXiv:2108.12409), softcap is Gemma 2's
+    (2024, arXiv:2408.00118), sinks are those of gpt-oss (2025, arXiv:2508.10925).
+
     Arrays of one dtype (float16, bfloat16 or float32) on one device, of any library, mixed if you like. Work runs on
     the current stream of q's library, without a copy or a synchronisation; on the CPU it runs in NumPy. Any
     strides do, except that head_dim must be contiguous.
@@ -96,7 +98,7 @@ def attention(
         sinks: float32 (heads,), one more logit for each head, that takes its share of the softmax and adds no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         out: an array of q's shape and dtype to write into, apart in memory from q, k and v.
-        kernel: "auto", or on CUDA "forward_sm80" or "forward_simt", on the CPU "numpy" or "numpy_float64"
+        kernel: "auto", or on CUDA "decode", "forward_sm80" or "forward_simt", on the CPU "numpy" or "numpy_float64"
             (computes in, and returns, float64).
         check: check the contents of index arrays; of no effect here, where there are none.
 
@@ -117,13 +119,14 @@ def attention(
     operands = Operands(view(q, "q"), view(k, "k"), view(v, "v"), None)
     extras = None
     if alibi_slopes is not None or sinks is not None or out is not None:
-        operands.alibi_slopes, operands.sinks = _optional(alibi_slopes, "alibi_slopes"), _optional(sinks, "sinks")
-        operands.out = _optional(out, "out")
-        extras = _signatures(operands)
+        operands.alibi_slopes = optional_view(alibi_slopes, "alibi_slopes")
+        operands.sinks = optional_view(sinks, "sinks")
+        operands.out = optional_view(out, "out")
+        extras = signatures(operands)
     if check is not None:
         checking(check, operands.q.device)
-    options = (causal, window, softmax_scale, softcap, return_lse, kernel, None, None, 0, "NHD")
-    return _run(_find(operands, options, extras), operands, out)
+    options = (causal, window, softmax_scale, softcap, return_lse, kernel, None, None, "NHD", NO_CACHE)
+    return run_call(find_call(operands, options, extras), operands, out)
 
 
 def attention_varlen(
@@ -152,7 +155,9 @@ def attention_varlen(
     """Attention over sequences of different lengths, packed one behind the other without padding.
 
     Rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q are sequence b. Rows of q behind the last sequence give zeros and
-    lse -inf. Masks, `out`, `kernel` and errors are as in `attention`, with each sequence's own lengths.
+    lse -inf. Masks, `out` and `kernel` are as in `attention`, with each sequence's own lengths. The arguments are
+    those of flash_attn_varlen_func in the flash_attn package; blocks are those of PagedAttention (Kwon et al. 2023,
+    arXiv:2309.06180).
 
     Args:
         q: (total_q, heads, head_dim). q, k and v may each be a RaggedArray, which brings its own cu_seqlens.
@@ -176,6 +181,9 @@ def attention_varlen(
     Returns:
         An array of q's shape and dtype, a RaggedArray if q is one; with return_lse also the lse, float32 (heads,
         total_q).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
 
     >>> import numpy as np
     >>> from cupyattn import attention_varlen
@@ -216,22 +224,22 @@ def attention_varlen(
         view(q, "q"),
         view(k, "k"),
         view(v, "v"),
-        _optional(out, "out"),
+        optional_view(out, "out"),
         cu_seqlens_q=view(cu_seqlens_q, "cu_seqlens_q"),
-        cu_seqlens_k=_optional(cu_seqlens_k, "cu_seqlens_k"),
-        seqused_k=_optional(seqused_k, "seqused_k"),
-        block_table=_optional(block_table, "block_table"),
-        alibi_slopes=_optional(alibi_slopes, "alibi_slopes"),
-        sinks=_optional(sinks, "sinks"),
+        cu_seqlens_k=optional_view(cu_seqlens_k, "cu_seqlens_k"),
+        seqused_k=optional_view(seqused_k, "seqused_k"),
+        block_table=optional_view(block_table, "block_table"),
+        alibi_slopes=optional_view(alibi_slopes, "alibi_slopes"),
+        sinks=optional_view(sinks, "sinks"),
     )
     if cu_seqlens_k is None and block_table is None:
         share_cu_seqlens(operands)
     masks = (causal, window, softmax_scale, softcap, return_lse)
-    options = (*masks, kernel, max_seqlen_q, max_seqlen_k, 0, layout)
-    call = _find(operands, options, _signatures(operands))
+    options = (*masks, kernel, max_seqlen_q, max_seqlen_k, layout, NO_CACHE)
+    call = find_call(operands, options, signatures(operands))
     if checking(check, operands.q.device):
-        check_indices(call.problem, index_contents(operands))
-    return _run(call, operands, out)
+        check_indices(call.problem, index_contents(operands, call.problem.batch))
+    return run_call(call, operands, out)
 
 
 def attention_with_kvcache(
@@ -241,11 +249,18 @@ def attention_with_kvcache(
     *,
     k: Array | None = None,
     v: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    rotary_interleaved: bool = True,
     cache_seqlens: Array | int | None = None,
     cache_batch_idx: Array | None = None,
     cache_leftpad: Array | None = None,
     block_table: Array | None = None,
     layout: str = "NHD",
+    kv_dtype: str | None = None,
+    k_scale: Array | float | None = None,
+    v_scale: Array | float | None = None,
+    num_splits: int = 0,
     causal: bool = False,
     window: tuple[int, int] | None = None,
     softmax_scale: float | None = None,
@@ -261,7 +276,12 @@ def attention_with_kvcache(
 
     With k and v given, they are first appended to the cache **in place**, sequence b's behind its cache_seqlens[b]
     tokens, and are attended to as well. A call that is refused leaves the cache as it was. cache_seqlens is not
-    changed. Masks, `out`, `kernel`, `check` and errors are as in `attention` and `attention_varlen`.
+    changed. Masks, `out`, `kernel` and `check` are as in `attention` and `attention_varlen`.
+
+    The arguments are those of flash_attn_with_kvcache in the flash_attn package, version 2.8. On CUDA a step of few
+    queries reads long caches in pieces that run side by side and are merged by their lse, which is Flash-Decoding (Dao,
+    Haziza, Massa and Sizov 2023). Rotary embedding is RoFormer's (Su et al. 2021, arXiv:2104.09864), the FP8 formats
+    are those of Micikevicius et al. 2022 (arXiv:2209.05433).
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
@@ -269,6 +289,12 @@ def attention_with_kvcache(
             (num_blocks, block_size, kv_heads, head_dim) for layout "NHD", (num_blocks, kv_heads, block_size,
             head_dim) for "HND". JAX arrays can be read, but not appended to: they are immutable.
         k, v: (batch, seqlen_new, kv_heads, head_dim) to append; then cache_seqlens must be given.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), of q's dtype or float32, to rotate q and k by: the first
+            rotary_dim elements of every head. New row i is at position cache_seqlens + i; so is query i under causal
+            or a window, and else every query is at cache_seqlens. Needs k and v. The cache holds rotated keys;
+            cache_leftpad moves no position.
+        rotary_interleaved: True to rotate elements (0, 1), (2, 3), … together, as GPT-J; False for (i, i +
+            rotary_dim / 2), as GPT-NeoX and Llama.
         cache_seqlens: tokens that each sequence held before this call: int32 (batch,), or an int for all. None
             means that all of the cache is in use.
         cache_batch_idx: int32 (batch,), the dense cache's entry of each sequence; by default entry b, and then
@@ -276,9 +302,19 @@ def attention_with_kvcache(
         cache_leftpad: int32 (batch,), how many rows at the start of each sequence are padding that nobody sees.
         block_table: int32 (batch, max_blocks): token n of sequence b is row n % block_size of block
             block_table[b, n // block_size].
+        kv_dtype: "float8_e4m3fn" (or "e4m3") or "float8_e5m2" ("e5m2") for an FP8 cache given as its bytes, in uint8
+            arrays; not needed where the library has the dtype, as torch and ml_dtypes have. q, k and v are then
+            float16 or bfloat16 (on the CPU float32 too).
+        k_scale, v_scale: with an FP8 cache, what its keys and values are to be multiplied with: a number, or a float32
+            array of shape () or (1,), or (kv_heads,) for one each. New rows are divided by it, rounded to nearest even,
+            and stored as at most the largest number of the format.
+        num_splits: into how many pieces at most each sequence's keys are cut on CUDA; 0 for what suits the GPU.
 
     Returns:
         An array of q's shape and dtype; with return_lse also the lse, float32 (batch, heads, seqlen_q).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
 
     >>> import numpy as np
     >>> from cupyattn import attention_with_kvcache
@@ -288,39 +324,30 @@ def attention_with_kvcache(
     >>> out.shape, float(k_cache[0, 5, 0, 0])
     ((1, 1, 8, 64), 1.0)
     """
-    operands = Operands(
-        view(q, "q"),
-        view(k_cache, "k_cache"),
-        view(v_cache, "v_cache"),
-        _optional(out, "out"),
-        block_table=_optional(block_table, "block_table"),
-        cache_batch_idx=_optional(cache_batch_idx, "cache_batch_idx"),
-        cache_leftpad=_optional(cache_leftpad, "cache_leftpad"),
-        alibi_slopes=_optional(alibi_slopes, "alibi_slopes"),
-        sinks=_optional(sinks, "sinks"),
+    operands = Operands(view(q, "q"), view(k_cache, "k_cache"), view(v_cache, "v_cache"), optional_view(out, "out"))
+    scales = read_cache_arguments(
+        operands,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
     )
-    uniform = uniform_length("cache_seqlens", cache_seqlens)
-    operands.seqused_k = lengths_view(cache_seqlens, uniform, operands.q, operands.q.shape[:1])
-    new = appending = None
-    seqlen_new = 0
-    if k is not None or v is not None:
-        new = new_rows(k, v, operands)
-        seqlen_new = new.k.shape[1] if len(new.k.shape) == 4 else 0
-
     masks = (causal, window, softmax_scale, softcap, return_lse)
-    options = (*masks, kernel, None, None, seqlen_new, layout)
-    call = _find(operands, options, _signatures(operands), ("k_cache", "v_cache", "cache_seqlens"))
-    if new is not None:
-        check_new_rows(new, operands.q)
-        appending = _find_append(new, layout)
-    if uniform is not None:
-        check_uniform(uniform, seqlen_new, call.problem)
+    options = (*masks, kernel, None, None, layout, (kv_dtype, *scales, rotary_interleaved, num_splits))
+    call = find_call(operands, options, signatures(operands), CACHE_NAMES)
+    if operands.uniform_length is not None:
+        check_uniform(call.problem, operands.uniform_length)
     if checking(check, operands.q.device):
-        contents = index_contents(operands, uniform, "cache_seqlens")
-        if appending is not None:
-            check_indices(appending.append, contents)
-        check_indices(call.problem, contents)
-    return _run(call, operands, out, uniform, appending, new)
+        check_indices(call.problem, index_contents(operands, call.problem.batch, "cache_seqlens"))
+    return run_call(call, operands, out)
 
 
 def append_kv(
@@ -334,12 +361,19 @@ def append_kv(
     cache_batch_idx: Array | None = None,
     block_table: Array | None = None,
     layout: str = "NHD",
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    rotary_interleaved: bool = True,
+    kv_dtype: str | None = None,
+    k_scale: Array | float | None = None,
+    v_scale: Array | float | None = None,
     check: bool | None = None,
 ) -> None:
     """Write new keys and values into a cache **in place**, behind the tokens that it holds.
 
-    All arrays have one dtype and one device. A call that is refused leaves the cache as it was. `check` and errors
-    are as in `attention_varlen`; unchecked, rows whose place does not exist are not written.
+    It is the first half of `attention_with_kvcache`, whose source and arguments it shares, with packed rows as well,
+    as append_paged_kv_cache of the flashinfer package has them. A call that is refused leaves the cache as it was.
+    `check` is as in `attention_varlen`; unchecked, rows whose place does not exist are not written.
 
     Args:
         k_cache, v_cache: (entries, capacity, kv_heads, head_dim), or with block_table the blocks of a paged cache,
@@ -351,6 +385,12 @@ def append_kv(
             go to sequence b.
         cache_batch_idx: int32 (batch,), the dense cache's entry of each sequence, all different.
         block_table: int32 (batch, max_blocks), as in `attention_with_kvcache`.
+        rotary_cos, rotary_sin, rotary_interleaved: to rotate k by, as in `attention_with_kvcache`; new row i of a
+            sequence is at position cache_seqlens + i.
+        kv_dtype, k_scale, v_scale: for an FP8 cache, as in `attention_with_kvcache`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
 
     >>> import numpy as np
     >>> from cupyattn import append_kv
@@ -365,33 +405,35 @@ def append_kv(
         view(v_cache, "v_cache"),
         view(k, "k"),
         view(v, "v"),
-        cu_seqlens_new=_optional(cu_seqlens_new, "cu_seqlens_new"),
-        block_table=_optional(block_table, "block_table"),
-        cache_batch_idx=_optional(cache_batch_idx, "cache_batch_idx"),
+        cu_seqlens_new=optional_view(cu_seqlens_new, "cu_seqlens_new"),
+        block_table=optional_view(block_table, "block_table"),
+        cache_batch_idx=optional_view(cache_batch_idx, "cache_batch_idx"),
     )
-    uniform = uniform_length("cache_seqlens", cache_seqlens)
-    sequences = operands.k.shape[:1]
-    if operands.cu_seqlens_new is not None:
-        sequences = tuple(ends - 1 for ends in operands.cu_seqlens_new.shape)
-    operands.cache_seqlens = lengths_view(cache_seqlens, uniform, operands.k, sequences)
-    appending = _find_append(operands, layout)
+    operands.cache_seqlens, operands.uniform_length = lengths("cache_seqlens", cache_seqlens)
+    scales = rotary_and_scales(operands, rotary_cos, rotary_sin, k_scale, v_scale)
+    appending = _find_append(operands, (layout, kv_dtype, *scales, rotary_interleaved))
     append = appending.append
-    if uniform is not None:
-        check_uniform(uniform, 0 if append.packed_new else append.seqlen_new, append)
+    if operands.uniform_length is not None:
+        check_uniform(append, operands.uniform_length)
     if checking(check, operands.k.device):
-        check_indices(append, index_contents(operands, uniform))
-    if operands.k.device >= 0 and current_device() != operands.k.device:
-        with on_device(operands.k.device):
-            _append(appending, operands, uniform)
-    else:
-        _append(appending, operands, uniform)
+        check_indices(append, index_contents(operands, append.batch))
+    with device_of(operands.k):
+        in_order(partial(appending.run, operands), operands.k, _all_append_operands(operands))
 
 
 # ------------------------------------------------------------------------- what is prepared for a form of call
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _Extents:
+    """Where an append reads and writes, relative to its arrays' addresses."""
+
+    reaches: tuple[int, ...]  # bytes from pointer to lowest and behind highest, of k_cache, v_cache, k, v and q
+    form: tuple[tuple[int, ...], tuple[int, ...], int] | None  # shape, strides and itemsize if the caches share them
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
     """What a form of call needs beside its arrays: `run(operands, stream)` and the shape of the results."""
 
     problem: Problem
@@ -399,33 +441,42 @@ class _Call:
     out_dtype: str
     lse_shape: tuple[int, ...]
     lse_dtype: str
+    extents: _Extents | None  # None: nothing is appended
 
 
 @dataclass(frozen=True, slots=True)
 class _Appending:
+    """The same for an append by itself."""
+
     append: Append
     run: Callable[[AppendOperands, int], None]
-    reaches: tuple[int, ...]  # bytes from pointer to lowest and behind highest, of k_cache, v_cache, k and v
-    form: tuple[tuple[int, ...], tuple[int, ...], int] | None  # shape, strides and itemsize if the caches share them
+    extents: _Extents | None
 
 
 _HELD = 4096  # forms of call remembered; the oldest are forgotten first
-_held: dict[tuple, _Call | _Appending] = {}
+remembered: dict[tuple, Any] = {}
 _held_lock = threading.Lock()
 
 
-def _find(
+def find_call(
     operands: Operands,
     options: tuple,
     extras: tuple | None,
     names: tuple[str, str, str] = ("k", "v", "seqused_k"),
-) -> _Call:
-    """What is prepared for calls of this form, or else prepare it: that is where arguments are refused."""
+) -> Call:
+    """What is prepared for calls of this form, or else prepare it: that is where arguments are refused.
+
+    options: (causal, window, softmax_scale, softcap, return_lse, kernel, max_seqlen_q, max_seqlen_k, layout, (kv_dtype,
+    k_scale, v_scale, rotary_interleaved, num_splits)), scales only if they are numbers. extras: of `signatures`. names:
+    what the caller's signature calls k, v and seqused_k.
+    """
     q, k, v = operands.q, operands.k, operands.v
     window = options[1]
     kinds = tuple(map(type, options))  # True, 1 and 1.0 are equal keys, but not equally good arguments
     if window is not None and isinstance(window, (tuple, list)):
         kinds += tuple(map(type, window))
+    if options[-1] is not NO_CACHE:
+        kinds += tuple(map(type, options[-1]))
     key = (
         q.shape,
         q.strides,
@@ -444,21 +495,25 @@ def _find(
         kinds,
         extras,
     )
+    appending = operands.k_new is not None
     try:
-        call = _held.get(key)
+        call = None if appending and (k.readonly or v.readonly) else remembered.get(key)
     except TypeError:  # an option that cannot be hashed: a window given as a list, or what will be refused
         causal, _, *others = options
         if isinstance(window, list):
-            return _find(operands, (causal, tuple(window), *others), extras, names)
+            return find_call(operands, (causal, tuple(window), *others), extras, names)
         call = None
     if call is None:
-        call = _prepare(operands, options, names)
-        _hold(key, call)
+        call = prepare_call(operands, options, names)
+        remember(key, call)
     check_results(operands, call.out_dtype, names)
+    if call.extents is not None:
+        _refuse_shared(call.extents, k.pointer, v.pointer, operands.k_new.pointer, operands.v_new.pointer, q.pointer)
     return call
 
 
-def _prepare(operands: Operands, options: tuple, names: tuple[str, str, str]) -> _Call:
+def prepare_call(operands: Operands, options: tuple, names: tuple[str, str, str]) -> Call:
+    """What calls of this form need, made anew; arguments as in `find_call`."""
     q, kernel = operands.q, options[5]
     known = CUDA_KERNELS if q.device >= 0 else CPU_KERNELS
     check_kernel(kernel, known, f"arrays on {device_name(q.device)}")
@@ -466,6 +521,8 @@ def _prepare(operands: Operands, options: tuple, names: tuple[str, str, str]) ->
     problem = describe_call(operands, options, names)
     if not problem.batch or not problem.total_q:
         run = _fill_unseen
+        if problem.append is not None and problem.append.total_new:
+            run = _only_append(_append_runner(problem.append, q.device, precise))
     elif q.device >= 0:
         from .kernels.launch import prepare  # needs CuPy
 
@@ -475,18 +532,20 @@ def _prepare(operands: Operands, options: tuple, names: tuple[str, str, str]) ->
 
         run = _on_host(partial(forward, problem, precision=np.float64 if precise else np.float32))
     packed = problem.packed_q
-    return _Call(
+    return Call(
         problem,
         run,
         "float64" if precise else q.dtype,
         (problem.num_heads, problem.total_q) if packed else (problem.batch, problem.num_heads, problem.seqlen_q),
         "float64" if precise else "float32",
+        None if problem.append is None else _extents(problem.append, operands.appending(), q),
     )
 
 
 def describe_call(operands: Operands, options: tuple, names: tuple[str, str, str]) -> Problem:
-    """The problem of one call; options are in `_find`'s order, names what the signature calls k, v and seqused_k."""
-    causal, window, softmax_scale, softcap, return_lse, kernel, max_seqlen_q, max_seqlen_k, seqlen_new, layout = options
+    """The problem of one call; arguments as in `find_call`."""
+    causal, window, softmax_scale, softcap, return_lse, kernel, max_seqlen_q, max_seqlen_k, layout, cached = options
+    kv_dtype, k_scale, v_scale, rotary_interleaved, num_splits = cached
     return describe(
         operands.q,
         operands.k,
@@ -507,7 +566,16 @@ def describe_call(operands: Operands, options: tuple, names: tuple[str, str, str
         block_table=operands.block_table,
         cache_batch_idx=operands.cache_batch_idx,
         cache_leftpad=operands.cache_leftpad,
-        seqlen_new=seqlen_new,
+        uniform_length=operands.uniform_length,
+        k_new=operands.k_new,
+        v_new=operands.v_new,
+        rotary_cos=operands.rotary_cos,
+        rotary_sin=operands.rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        kv_dtype=kv_dtype,
+        k_scale=k_scale if operands.k_scale is None else operands.k_scale,
+        v_scale=v_scale if operands.v_scale is None else operands.v_scale,
+        num_splits=num_splits,
         layout=layout,
         out_dtype="float64" if kernel == "numpy_float64" else None,
         k_name=names[0],
@@ -516,33 +584,30 @@ def describe_call(operands: Operands, options: tuple, names: tuple[str, str, str
     )
 
 
-def _find_append(operands: AppendOperands, layout: str) -> _Appending:
+def _find_append(operands: AppendOperands, options: tuple) -> _Appending:
     k_cache, v_cache, k, v = operands.k_cache, operands.v_cache, operands.k, operands.v
-    pointers = k_cache.pointer | v_cache.pointer | k.pointer | v.pointer
-    key = (*(_signature(found) for found in (k_cache, v_cache, k, v)), pointers & 15, layout, _signatures(operands))
-    writable = not (k_cache.readonly or v_cache.readonly)
+    key = (
+        *(signature(found) for found in (k_cache, v_cache, k, v)),
+        (k_cache.pointer | v_cache.pointer | k.pointer | v.pointer) & 15,
+        options,
+        tuple(map(type, options)),
+        _append_signatures(operands),
+    )
     try:
-        appending = _held.get(key) if writable else None
+        appending = None if k_cache.readonly or v_cache.readonly else remembered.get(key)
     except TypeError:
         appending = None
     if appending is None:
-        appending = _prepare_append(operands, layout)
-        _hold(key, appending)
-    if appending.append.total_new:
-        _refuse_shared(appending, operands)
+        appending = _prepare_append(operands, options)
+        remember(key, appending)
+    if appending.extents is not None:
+        _refuse_shared(appending.extents, k_cache.pointer, v_cache.pointer, k.pointer, v.pointer, 0)
     return appending
 
 
-def check_append(operands: AppendOperands, layout: str) -> Append:
-    """Everything that an append refuses but for contents."""
-    append = _describe_append(operands, layout)
-    if append.total_new:
-        _refuse_shared(_appending(append, _nothing, operands), operands)
-    return append
-
-
-def _describe_append(operands: AppendOperands, layout: str) -> Append:
-    return describe_append(
+def _prepare_append(operands: AppendOperands, options: tuple) -> _Appending:
+    layout, kv_dtype, k_scale, v_scale, rotary_interleaved = options
+    append = describe_append(
         operands.k_cache,
         operands.v_cache,
         operands.k,
@@ -551,49 +616,59 @@ def _describe_append(operands: AppendOperands, layout: str) -> Append:
         cache_seqlens=operands.cache_seqlens,
         block_table=operands.block_table,
         cache_batch_idx=operands.cache_batch_idx,
+        rotary_cos=operands.rotary_cos,
+        rotary_sin=operands.rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        kv_dtype=kv_dtype,
+        k_scale=k_scale if operands.k_scale is None else operands.k_scale,
+        v_scale=v_scale if operands.v_scale is None else operands.v_scale,
         layout=layout,
     )
+    run = _append_runner(append, operands.k.device, False)
+    return _Appending(append, run, _extents(append, operands, None))
 
 
-def _prepare_append(operands: AppendOperands, layout: str) -> _Appending:
-    append = _describe_append(operands, layout)
-    device = operands.k.device
+def _append_runner(append: Append, device: int, precise: bool) -> Callable[[AppendOperands, int], None]:
     if not append.batch or not append.total_new:
-        run = _nothing
-    elif device >= 0:
+        return _nothing
+    if device >= 0:
         from .kernels.launch import prepare_append  # needs CuPy
 
-        run = prepare_append(append, device)
-    else:
-        from .reference import append as append_on_host
+        return prepare_append(append, device)
+    from .reference import append as append_on_host
 
-        run = _on_host(partial(append_on_host, append))
-    return _appending(append, run, operands)
+    return _on_host(partial(append_on_host, append, precision=np.float64 if precise else np.float32))
 
 
-def _appending(append: Append, run: Callable[[AppendOperands, int], None], operands: AppendOperands) -> _Appending:
+def _extents(append: Append, operands: AppendOperands, q: View | None) -> _Extents | None:
+    """None where nothing is written."""
+    if not append.total_new:
+        return None
     cache = operands.k_cache
-    itemsize = ITEMSIZE[append.dtype]
-    views = (cache, operands.v_cache, operands.k, operands.v)
-    reaches = tuple(edge for found in views for edge in reach(found.shape, found.strides, itemsize))
+    reaches = []
+    for found in (cache, operands.v_cache, operands.k, operands.v):
+        reaches += reach(found.shape, found.strides, ITEMSIZE[found.dtype])
+    reaches += (0, 0) if q is None else reach(q.shape, q.strides, ITEMSIZE[q.dtype])
     alike = append.cache.k_strides == append.cache.v_strides
-    return _Appending(append, run, reaches, (cache.shape, cache.strides, itemsize) if alike else None)
+    return _Extents(tuple(reaches), (cache.shape, cache.strides, append.kv_itemsize) if alike else None)
 
 
-def _refuse_shared(appending: _Appending, operands: AppendOperands) -> None:
-    """Refuse caches that share memory, unless they interleave, and new rows that lie among a cache's."""
-    k_low, k_high, v_low, v_high, new_k_low, new_k_high, new_v_low, new_v_high = appending.reaches
-    k_cache, v_cache, k, v = (
-        operands.k_cache.pointer,
-        operands.v_cache.pointer,
-        operands.k.pointer,
-        operands.v.pointer,
-    )
+def check_caches(problem: Problem, operands: Operands) -> None:
+    """Refuse caches and new rows that share memory, where new rows are appended."""
+    extents = None if problem.append is None else _extents(problem.append, operands.appending(), operands.q)
+    if extents is not None:
+        found = operands.k, operands.v, operands.k_new, operands.v_new, operands.q
+        _refuse_shared(extents, *(view.pointer for view in found))
+
+
+def _refuse_shared(extents: _Extents, k_cache: int, v_cache: int, k: int, v: int, q: int) -> None:
+    """Refuse caches that share memory, unless they interleave, and rows to be read that lie among a cache's."""
+    k_low, k_high, v_low, v_high, new_k_low, new_k_high, new_v_low, new_v_high, q_low, q_high = extents.reaches
     k_low += k_cache
     k_high += k_cache
     v_low += v_cache
     v_high += v_cache
-    if k_low < v_high and v_low < k_high and not _interleaved(appending.form, v_cache - k_cache):
+    if k_low < v_high and v_low < k_high and not _interleaved(extents.form, v_cache - k_cache):
         refuse("v_cache", "an array that overlaps k_cache in memory", "a cache of its own")
     new_k_low += k
     new_k_high += k
@@ -607,6 +682,12 @@ def _refuse_shared(appending: _Appending, operands: AppendOperands) -> None:
         _refuse_rows("v", "k_cache")
     if new_v_low < v_high and v_low < new_v_high:
         _refuse_rows("v", "v_cache")
+    q_low += q
+    q_high += q
+    if q_low < k_high and k_low < q_high:
+        _refuse_rows("q", "k_cache")
+    if q_low < v_high and v_low < q_high:
+        _refuse_rows("q", "v_cache")
 
 
 def _refuse_rows(name: str, cache: str) -> NoReturn:
@@ -622,11 +703,12 @@ def _interleaved(form: tuple[tuple[int, ...], tuple[int, ...], int] | None, diff
     return distinct((2, *shape), (difference // itemsize, *strides))
 
 
-def _hold(key: tuple, prepared: _Call | _Appending) -> None:
+def remember(key: tuple, prepared: Any) -> None:
+    """Keep what was prepared for calls of one form; the oldest is forgotten when there are too many."""
     with _held_lock:
-        while len(_held) >= _HELD:
-            del _held[next(iter(_held))]
-        _held[key] = prepared
+        while len(remembered) >= _HELD:
+            del remembered[next(iter(remembered))]
+        remembered[key] = prepared
 
 
 def _on_host(compute: Callable[[Any], None]) -> Callable[[Any, int], None]:
@@ -637,6 +719,11 @@ def _nothing(operands: AppendOperands, stream: int) -> None:
     """There are no new rows."""
 
 
+def _only_append(run: Callable[[AppendOperands, int], None]) -> Callable[[Operands, int], None]:
+    """There are new rows and no query."""
+    return lambda operands, stream: run(operands.appending(), stream)
+
+
 def _fill_unseen(operands: Operands, stream: int) -> None:
     """No sequence has a query. A packed q can still have rows, which see nothing."""
     fill(operands.out, 0)
@@ -644,98 +731,62 @@ def _fill_unseen(operands: Operands, stream: int) -> None:
         fill(operands.lse, -np.inf)
 
 
-def _signature(found: View | None) -> tuple | None:
-    return None if found is None else (found.shape, found.strides, found.dtype, found.device, found.pointer & 3)
+def signature(found: View) -> tuple:
+    """What a prepared call depends on in an array that has no say in alignment."""
+    return found.shape, found.strides, found.dtype, found.device, found.pointer & 3
 
 
-def _signatures(operands: Operands | AppendOperands) -> tuple:
-    """What the prepared call depends on in the optional arrays."""
-    if isinstance(operands, AppendOperands):
-        optional = operands.cu_seqlens_new, operands.cache_seqlens, operands.block_table, operands.cache_batch_idx
-        return tuple([_signature(found) for found in optional])
-    out = operands.out
+def signatures(operands: Operands) -> tuple:
+    """What the prepared call depends on in the optional arrays: which of them there are, and their forms."""
+    out, k, v = operands.out, operands.k_new, operands.v_new
+    present = tuple([None if found is None else signature(found) for found in _optional_operands(operands)])
     return (
+        present,
         None if out is None else (out.shape, out.strides, out.dtype, out.device, out.readonly, out.pointer & 15),
-        _signature(operands.cu_seqlens_q),
-        _signature(operands.cu_seqlens_k),
-        _signature(operands.seqused_k),
-        _signature(operands.block_table),
-        _signature(operands.cache_batch_idx),
-        _signature(operands.cache_leftpad),
-        _signature(operands.alibi_slopes),
-        _signature(operands.sinks),
+        None if k is None or v is None else (k.pointer | v.pointer) & 15,
+        operands.uniform_length is not None,
     )
+
+
+def _append_signatures(operands: AppendOperands) -> tuple:
+    """The same for an append."""
+    present = [None if found is None else signature(found) for found in _optional_append_operands(operands)]
+    return tuple(present), operands.uniform_length is not None
 
 
 # ------------------------------------------------------------------------------------------------ running
 
 
-def _run(
-    call: _Call,
-    operands: Operands,
-    out: Array | None,
-    uniform: int | None = None,
-    appending: _Appending | None = None,
-    new: AppendOperands | None = None,
-) -> Array | tuple[Array, Array]:
-    """Make the outputs, append the new rows if there are any, attend, and hand the results over."""
+def run_call(call: Call, operands: Operands, out: Array | None) -> Array | tuple[Array, Array]:
+    """Run, and hand the results over in q's library; `out` is the caller's own array, if there is one."""
     q = operands.q
-    if q.device >= 0 and current_device() != q.device:
-        with on_device(q.device):
-            return _run(call, operands, out, uniform, appending, new)
+    with device_of(q):
+        run_into_views(call, operands)
+        result = deliver(operands.out, q) if out is None else out
+        return (result, deliver(operands.lse, q)) if call.problem.lse else result
+
+
+def run_into_views(call: Call, operands: Operands) -> None:
+    """Make what outputs there are not yet, and run. q's device is the current one."""
+    q = operands.q
     if operands.out is None:
         operands.out = empty(q, q.shape, call.out_dtype)
     if call.problem.lse:
         operands.lse = empty(q, call.lse_shape, call.lse_dtype)
-    if uniform is not None:
-        operands.seqused_k = full(q, operands.seqused_k.shape, uniform, "int32")
-    if appending is not None:
-        new.cache_seqlens = operands.seqused_k
-        _launch(appending.run, new, q)
-    _launch(call.run, operands, q)
-    result = deliver(operands.out, q) if out is None else out
-    return (result, deliver(operands.lse, q)) if call.problem.lse else result
+    in_order(partial(call.run, operands), q, _all_operands(operands))
 
 
-def _append(appending: _Appending, operands: AppendOperands, uniform: int | None) -> None:
-    if uniform is not None:
-        operands.cache_seqlens = full(operands.k, operands.cache_seqlens.shape, uniform, "int32")
-    _launch(appending.run, operands, operands.k)
-
-
-def _launch(run: Callable[[Any, int], None], operands: Operands | AppendOperands, like: View) -> None:
-    """Run on the current stream of like's library, in order with the streams of the other arrays' libraries."""
-    if like.device < 0:
-        run(operands, 0)
-        return
-    stream = current_stream(like)
-    views = _all_operands(operands) if type(operands) is Operands else _all_append_operands(operands)
-    library = like.library
-    for found in views:
-        if found is not None and found.library != library:
-            break
-    else:
-        if library == "cupy" or library == "torch":
-            run(operands, stream)
-            return
-    views = [found for found in views if found is not None]
-    other = other_stream(like, views)
-    if other is not None:
-        wait(stream, other)
-    run(operands, stream)
-    if other is not None:
-        wait(other, stream)
-    keep_until_done(views, stream)
-
-
-_all_operands = attrgetter(*Operands.__slots__)
-_all_append_operands = attrgetter(*AppendOperands.__slots__)
+_all_operands = attrgetter(*(name for name in Operands.__slots__ if name != "uniform_length"))
+_all_append_operands = attrgetter(*(name for name in AppendOperands.__slots__ if name != "uniform_length"))
+_optional_operands = attrgetter(*(name for name in Operands.__slots__[5:] if name != "uniform_length"))
+_optional_append_operands = attrgetter(*(name for name in AppendOperands.__slots__[4:] if name != "uniform_length"))
 
 
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-def _optional(array: Array | None, name: str) -> View | None:
+def optional_view(array: Array | None, name: str) -> View | None:
+    """The view of an array that need not be given."""
     return None if array is None else view(array, name)
 
 
@@ -749,68 +800,70 @@ def checking(check: bool | None, device: int) -> bool:
 
 
 def index_contents(
-    operands: Operands | AppendOperands, uniform: int | None = None, lengths_name: str = "seqused_k"
+    operands: Operands | AppendOperands, batch: int, lengths_name: str = "seqused_k"
 ) -> dict[str, np.ndarray]:
-    """Host arrays of the index arrays, by role; lengths_name is seqused_k's. On CUDA this waits for the device."""
+    """Host arrays of the index arrays, by role; lengths_name is that of lengths. On CUDA this waits for the device."""
     arrays = {}
+    if operands.uniform_length is not None:
+        arrays["cache_seqlens"] = np.full(batch, operands.uniform_length, np.int32)
     for role in INDEX_ROLES:
         found = getattr(operands, role, None)
         if found is not None:
-            name = lengths_name if role == "seqused_k" else role
-            arrays[name] = host_array(found) if found.array is not None else np.full(found.shape, uniform, np.int32)
+            arrays[lengths_name if role == "seqused_k" else role] = host_array(found)
     return arrays
 
 
-def uniform_length(name: str, value: Array | int | None) -> int | None:
-    """The one length given as an int for all sequences, or None."""
+def lengths(name: str, value: Array | int | None) -> tuple[View | None, int | None]:
+    """Lengths as (a view of an array, the one length for all sequences): at most one of the two is given."""
     if isinstance(value, (bool, np.bool_, float, np.floating)):
         refuse(name, repr(value), "an int, or an int32 array", TypeError)
-    return int(value) if isinstance(value, (int, np.integer)) else None
+    if isinstance(value, (int, np.integer)):
+        return None, int(value)
+    return optional_view(value, name), None
 
 
-def lengths_view(value: Array | int | None, uniform: int | None, like: View, shape: tuple[int, ...]) -> View | None:
-    """The lengths' view. For an int one without memory stands in until everything is validated."""
-    if uniform is None:
-        return _optional(value, "cache_seqlens")
-    return View(None, 0, shape, (1,) * len(shape), "int32", like.device, like.library, False)
+def read_cache_arguments(
+    operands: Operands,
+    k: Array | None,
+    v: Array | None,
+    rotary_cos: Array | None,
+    rotary_sin: Array | None,
+    cache_seqlens: Array | int | None,
+    cache_batch_idx: Array | None,
+    cache_leftpad: Array | None,
+    block_table: Array | None,
+    alibi_slopes: Array | None,
+    sinks: Array | None,
+    k_scale: Array | float | None,
+    v_scale: Array | float | None,
+) -> tuple[float | None, float | None]:
+    """Put the optional arrays of attention_with_kvcache into the operands. Scales that are numbers are returned."""
+    operands.block_table = optional_view(block_table, "block_table")
+    operands.cache_batch_idx = optional_view(cache_batch_idx, "cache_batch_idx")
+    operands.cache_leftpad = optional_view(cache_leftpad, "cache_leftpad")
+    operands.alibi_slopes = optional_view(alibi_slopes, "alibi_slopes")
+    operands.sinks = optional_view(sinks, "sinks")
+    operands.k_new, operands.v_new = optional_view(k, "k"), optional_view(v, "v")
+    operands.seqused_k, operands.uniform_length = lengths("cache_seqlens", cache_seqlens)
+    return rotary_and_scales(operands, rotary_cos, rotary_sin, k_scale, v_scale)
 
 
-def check_uniform(length: int, new: int, described: Problem | Append) -> None:
-    """Refuse an int for all sequences in the words of `check_indices`."""
-    rows = described.cache.rows
-    if length < 0:
-        refuse("cache_seqlens", length, "a length of at least 0")
-    if length > rows - new:
-        came = f"{length} tokens plus {new} new" if new else f"{length} tokens"
-        refuse("cache_seqlens", came, f"at most the {rows} that its rows hold")
-
-
-def new_rows(k: Array | None, v: Array | None, operands: Operands) -> AppendOperands:
-    """The operands of the append inside attention_with_kvcache."""
-    if k is None or v is None:
-        missing = "k" if k is None else "v"
-        refuse(missing, None, "k and v together")
-    if operands.seqused_k is None:
-        refuse("cache_seqlens", None, "how many tokens each sequence holds, when k and v are appended behind them")
-    return AppendOperands(
-        operands.k,
-        operands.v,
-        view(k, "k"),
-        view(v, "v"),
-        cache_seqlens=operands.seqused_k,
-        block_table=operands.block_table,
-        cache_batch_idx=operands.cache_batch_idx,
-    )
-
-
-def check_new_rows(new: AppendOperands, q: View) -> None:
-    """Refuse new rows that do not go with the queries."""
-    for name, rows in (("k", new.k), ("v", new.v)):
-        same_kind(name, rows, q)
-        if len(rows.shape) != 4:
-            refuse(name, f"{len(rows.shape)}-D shape {rows.shape}", "4-D (batch, seqlen_new, kv_heads, head_dim)")
-        if rows.shape[0] != q.shape[0]:
-            refuse(name, f"batch {rows.shape[0]}", f"q's batch {q.shape[0]}")
+def rotary_and_scales(
+    operands: Operands | AppendOperands,
+    rotary_cos: Array | None,
+    rotary_sin: Array | None,
+    k_scale: Array | float | None,
+    v_scale: Array | float | None,
+) -> tuple[float | None, float | None]:
+    """Put these into the operands. Scales that are numbers go by value: they are returned."""
+    if rotary_cos is not None or rotary_sin is not None:
+        operands.rotary_cos = optional_view(rotary_cos, "rotary_cos")
+        operands.rotary_sin = optional_view(rotary_sin, "rotary_sin")
+    if not (k_scale is None or isinstance(k_scale, numbers.Real)):
+        operands.k_scale, k_scale = view(k_scale, "k_scale"), None
+    if not (v_scale is None or isinstance(v_scale, numbers.Real)):
+        operands.v_scale, v_scale = view(v_scale, "v_scale"), None
+    return k_scale, v_scale
 
 
 def check_kernel(kernel: str, known: tuple[str, ...], where: str) -> None:
@@ -872,6 +925,7 @@ def check_results(operands: Operands, out_dtype: str, names: tuple[str, str, str
 
 
 def _refuse_overlap(operands: Operands, names: tuple[str, str, str]) -> None:
-    for name, source in (("q", operands.q), (names[0], operands.k), (names[1], operands.v)):
-        if overlap(operands.out, source):
+    read = (("q", operands.q), (names[0], operands.k), (names[1], operands.v))
+    for name, source in (*read, ("k", operands.k_new), ("v", operands.v_new)):
+        if source is not None and overlap(operands.out, source):
             refuse("out", f"an array whose memory range meets {name}'s", "memory of its own")

@@ -9,25 +9,23 @@ import numpy as np
 
 from .arrays import device_name, view
 from .attention import (
+    CACHE_NAMES,
     CPU_KERNELS,
     CUDA_KERNELS,
-    check_append,
+    check_caches,
     check_kernel,
-    check_new_rows,
     check_results,
-    check_uniform,
     checking,
     describe_call,
     index_contents,
-    lengths_view,
-    new_rows,
+    lengths,
+    rotary_and_scales,
     share_cu_seqlens,
-    uniform_length,
     unpack_ragged,
 )
 from .kernels.operands import Operands
 from .plan import DEVICES, Device, plan
-from .problem import Problem, check_indices, refuse
+from .problem import Problem, check_indices, check_uniform, refuse
 from .ragged import INT32_MAX, RaggedArray
 
 
@@ -108,11 +106,18 @@ def explain(
     arch: str | int | float | None = None,
     k: Any = None,
     v: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    rotary_interleaved: bool = True,
     cache_seqlens: Any = None,
     cache_batch_idx: Any = None,
     cache_leftpad: Any = None,
     block_table: Any = None,
     layout: str = "NHD",
+    kv_dtype: str | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    num_splits: int | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     seqused_k: Any = None,
@@ -148,6 +153,8 @@ def explain(
     only_varlen |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     only_cached = {"k": k, "v": v, "cache_seqlens": cache_seqlens}
     only_cached |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    only_cached |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    only_cached |= {"kv_dtype": kv_dtype, "k_scale": k_scale, "v_scale": v_scale, "num_splits": num_splits}
     varlen = cu_seqlens_q is not None or RaggedArray in (type(q), type(k_cache), type(v_cache))
     cached = not varlen and any(given is not None for given in (*only_cached.values(), block_table))
     for name, given in (only_cached if varlen else only_varlen).items():
@@ -155,7 +162,7 @@ def explain(
             refuse(name, "given together with cu_seqlens_q", "None: attention_varlen does not take it")
         if given is not None:
             refuse(name, "given without cu_seqlens_q", "None: only attention_varlen takes it")
-    names = ("k_cache", "v_cache", "cache_seqlens") if cached else ("k", "v", "seqused_k")
+    names = CACHE_NAMES if cached else ("k", "v", "seqused_k")
     if varlen:
         q, k_cache, v_cache, cu_seqlens_q, cu_seqlens_k = unpack_ragged(q, k_cache, v_cache, cu_seqlens_q, cu_seqlens_k)
     arrays = {
@@ -167,15 +174,15 @@ def explain(
         "cache_leftpad": cache_leftpad,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "k_new": k,
+        "v_new": v,
         "out": out.values if type(out) is RaggedArray else out,
     }
-    views = {"out": None} | {name: view(array, name) for name, array in arrays.items() if array is not None}
+    views = {"out": None}
+    views |= {role: view(array, role.removesuffix("_new")) for role, array in arrays.items() if array is not None}
     operands = Operands(view(q, "q"), view(k_cache, names[0]), view(v_cache, names[1]), **views)
-    uniform = new = None
     if cached:
-        uniform = uniform_length("cache_seqlens", cache_seqlens)
-        operands.seqused_k = lengths_view(cache_seqlens, uniform, operands.q, operands.q.shape[:1])
-        new = new_rows(k, v, operands) if k is not None or v is not None else None
+        operands.seqused_k, operands.uniform_length = lengths("cache_seqlens", cache_seqlens)
     elif varlen and operands.cu_seqlens_k is None and block_table is None:
         share_cu_seqlens(operands)
 
@@ -186,20 +193,17 @@ def explain(
     elif operands.q.device < 0:
         known = CPU_KERNELS
     check_kernel(kernel, known, where)
-    seqlen_new = new.k.shape[1] if new is not None and len(new.k.shape) == 4 else 0
+    scales = rotary_and_scales(operands, rotary_cos, rotary_sin, k_scale, v_scale)
     masks = (causal, window, softmax_scale, softcap, return_lse)
-    problem = describe_call(operands, (*masks, kernel, max_seqlen_q, max_seqlen_k, seqlen_new, layout), names)
+    cache_options = (kv_dtype, *scales, rotary_interleaved, 0 if num_splits is None else num_splits)
+    options = (*masks, kernel, max_seqlen_q, max_seqlen_k, layout, cache_options)
+    problem = describe_call(operands, options, names)
     check_results(operands, "float64" if kernel == "numpy_float64" else problem.dtype, names)
+    check_caches(problem, operands)
     checking(check, operands.q.device)
-    append = None
-    if new is not None:
-        check_new_rows(new, operands.q)
-        append = check_append(new, layout)
-    if uniform is not None:
-        check_uniform(uniform, seqlen_new, problem)
-    contents = index_contents(operands, uniform, names[2])
-    if append is not None:
-        check_indices(append, contents)
+    if operands.uniform_length is not None:
+        check_uniform(problem, operands.uniform_length)
+    contents = index_contents(operands, problem.batch, names[2])
     check_indices(problem, contents)
 
     seqlens_q, seqlens_k = _lengths(problem, contents)

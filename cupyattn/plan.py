@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .problem import Append, Cache, Problem, refuse
+from .problem import Append, Cache, Problem, Rotary, refuse
+
+if TYPE_CHECKING:
+    from .rotary import Rotation
+    from .states import Merge
 
 Defines = tuple[tuple[str, int], ...]
 
-DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2}
+DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 CACHE_CODES = {"dense": 0, "packed": 1, "paged": 2}
-KERNELS = ("forward_sm80", "forward_simt")
+KERNELS = ("forward_sm80", "forward_simt", "decode")
 UNBOUNDED = -1
 
 
@@ -29,6 +33,15 @@ class Device:
     shared_per_block: int  # the most that a block can ask for
     shared_per_multiprocessor: int
     name: str = ""
+
+    def clusters(self, blocks: int) -> int:
+        """How many clusters of so many blocks run at once for sure, one block to a multiprocessor.
+
+        A cluster lies within one group of multiprocessors, whose sizes differ from chip to chip: an H200 of 132 holds
+        30 clusters of 4 or 15 of 8 (cuOccupancyMaxActiveClusters). More than fit would wait for a second turn.
+        """
+        all_of_them = self.multiprocessors // blocks
+        return all_of_them if blocks == 1 else all_of_them - all_of_them // 8
 
     @property
     def capability(self) -> int:
@@ -70,6 +83,36 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """How the warps of one thread block share work in decode, and how many blocks form a worker."""
+
+    teams: int  # each takes tiles of its own
+    team_warps: int  # that share a team's tiles, each with rows of its own
+    row_tiles: int  # of 8 query rows, of one warp
+    keys: int  # of one team's tile
+    stages: int  # tiles in a team's ring
+    cluster: int  # blocks
+    blocks: int  # of one multiprocessor
+    tiers: int  # of shares, each half as long as those before
+    least: int  # tiles of a share
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a unit: of one kv head of one sequence, as many as are worked on together."""
+        return 8 * self.row_tiles * self.team_warps
+
+    @property
+    def warps(self) -> int:
+        return self.teams * self.team_warps
+
+    def shared_bytes(self, padded_dim: int, itemsize: int, rows: int, batch: int) -> int:
+        """rows: how many of a unit's are in use."""
+        ring = self.teams * self.stages * (2 * self.keys * padded_dim * itemsize + rows * (padded_dim * 2 + 16))
+        outputs = self.teams * rows * (padded_dim + 4) * 4 + _round_up((self.teams + 1) * rows, 2) * 8
+        return ring + outputs + 16 * batch
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One launch, but for its addresses."""
 
@@ -87,6 +130,12 @@ class Plan:
     tiles_per_sequence: int  # dense q
     pairs_per_section: int  # dense q: (sequence, head) pairs that are worked on together
     reasons: tuple[str, ...]  # why, in sentences
+    cluster: int = 1  # blocks that work on one share of the keys
+    row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
+    least_positions: int = 0  # decode: tiles that a share has at least
+    position_tiles: int = 0  # decode: tiles between two places where work can be cut
+    last_tier: int = 0  # decode: of shares, that workers take one by one when they are done with their first
+    workspace_bytes: int = 0  # decode: for the sums of keys that several workers share
 
 
 # Tiles in order of preference, by the largest padded head dimension that they serve: the first of which two
@@ -104,6 +153,15 @@ SMALL_TILES = (
     (128, (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
 )
+PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
+MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
+COUNTER_BYTES = 32 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
+# The longest step of a decoder, drafts of speculative decoding included.
+MOST_DECODE_QUERIES = 16
+# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits.
+DECODE_SHAPES = ((2, 2, 4), (3, 1, 4), (2, 1, 4), (2, 2, 2), (2, 1, 2), (2, 1, 8), (1, 1, 8), (2, 1, 1), (1, 1, 1))
+# Blocks of a cluster, by the most (sequence, kv head) units that leave multiprocessors without a unit of their own.
+CLUSTERS = ((16, 8), (33, 4))
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
@@ -124,13 +182,17 @@ def plan(
     kernel: str = "auto",
     tile: Tile | None = None,
     pairs_per_section: int | None = None,
+    decode_tile: DecodeTile | None = None,
 ) -> Plan:
     """Choose kernel, tile and grid for one problem on one device.
 
     kernel: "auto", or one of `KERNELS` to insist; ValueError when it cannot serve the problem there.
-    tile, pairs_per_section: insist on these for forward_sm80, as `cupyattn bench --tiles` does to compare them.
+    tile, pairs_per_section: insist on these for forward_sm80, as `cupyattn bench --tiles` does to compare them;
+    decode_tile for decode.
     """
     name, why = choose_kernel(problem, device, kernel)
+    if name == "decode":
+        return _plan_decode(problem, device, why, decode_tile)
     typical_rows = _typical_rows(problem)
     window = effective_window(problem)
     masked = window != (UNBOUNDED, UNBOUNDED)
@@ -204,10 +266,27 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         obstacle = f"sm_{device.arch} has no 16-bit matrix instructions that the tensor-core kernel knows"
     elif device.capability < 80 and problem.dtype == "bfloat16":
         obstacle = f"sm_{device.arch} has no bfloat16 matrix instructions"
+    no_decode = obstacle
+    if device.capability < 80:
+        no_decode = f"sm_{device.arch} has no asynchronous copies"
+    elif problem.packed_q:
+        no_decode = "decode takes the same number of queries of each sequence, not cu_seqlens_q"
+    fp8 = problem.kv_itemsize == 1
+    if fp8 and no_decode:
+        expected = f"a cache of q's dtype: FP8 caches need the decode kernel, and {no_decode}"
+        refuse("kv_dtype", repr(problem.kv_dtype), expected)
+    if kernel == "decode" and no_decode:
+        refuse("kernel", "'decode'", f"'auto': {no_decode}")
+    if kernel not in ("auto", "decode") and fp8:
+        refuse("kernel", repr(kernel), "'auto' or 'decode', which alone reads FP8 caches")
     if kernel == "forward_sm80" and obstacle:
         refuse("kernel", "'forward_sm80'", f"'auto' or 'forward_simt': {obstacle}")
     if kernel != "auto":
         return kernel, "asked for by name"
+    if not no_decode and problem.seqlen_q <= MOST_DECODE_QUERIES:
+        return "decode", f"{problem.seqlen_q} queries a sequence: all time goes into reading keys, which it shares out"
+    if fp8:
+        return "decode", "FP8 caches are read by decode alone"
     if obstacle:
         return "forward_simt", obstacle
     return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores"
@@ -227,22 +306,177 @@ def effective_window(problem: Problem) -> tuple[int, int]:
     return left, right
 
 
+def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | None) -> Plan:
+    itemsize = problem.kv_itemsize
+    padded = _round_up(problem.head_dim, 32 // itemsize)
+    rows = problem.seqlen_q * problem.group
+    reasons = [why]
+    if tile is None:
+        tile = _choose_decode_tile(problem, device, padded)
+    row_blocks = _ceil_div(rows, tile.rows)
+    used_rows = min(rows, tile.rows)
+    # Places of tiles in the line of all keys count in 32 bits, whatever the lengths turn out to be.
+    most_tiles = problem.batch * problem.num_kv_heads * row_blocks * (problem.cache.rows // tile.keys + 2)
+    position_tiles = _ceil_div(most_tiles, 2**31)
+    workers = device.clusters(tile.cluster) * tile.blocks
+    shares = workers * tile.tiers
+    window = effective_window(problem)
+    reasons.append(
+        f"{workers} workers share all keys evenly, in tiles of {tile.keys}; {tile.teams} teams of warps in each of "
+        f"{tile.cluster} blocks keep {tile.stages} tiles on the way"
+    )
+    if problem.group > 1:
+        reasons.append(f"the {problem.group} query heads of a group share a read of their keys")
+    if row_blocks > 1:
+        reasons.append(f"{rows} query rows of a kv head make {row_blocks} units, each of which reads its keys")
+    if problem.append is not None:
+        reasons.append("new keys and values are rotated, stored and attended to in this one launch")
+    rotary = problem.rotary
+    defines = (
+        ("DTYPE", DTYPE_CODES[problem.dtype]),
+        ("KV_DTYPE", DTYPE_CODES[problem.kv_dtype]),
+        ("HEAD_DIM", problem.head_dim),
+        ("TILE_M", tile.rows),
+        ("TILE_N", tile.keys),
+        ("USED_ROWS", used_rows),
+        ("TEAMS", tile.teams),
+        ("TEAM_WARPS", tile.team_warps),
+        ("ROW_TILES", tile.row_tiles),
+        ("STAGES", tile.stages),
+        ("CLUSTER", tile.cluster),
+        ("BLOCKS", tile.blocks),
+        ("WIDE_OFFSETS", int(_wide_offsets(problem))),
+        ("GROUP", problem.group),
+        ("PACKED_Q", 0),
+        ("CACHE_KIND", CACHE_CODES[problem.cache.kind]),
+        ("BLOCK_SIZE", problem.cache.block_size or 1),
+        ("MASK", int(window != (UNBOUNDED, UNBOUNDED))),
+        ("SOFTCAP", int(problem.softcap > 0)),
+        ("ALIBI", int(bool(problem.alibi))),
+        ("SCALE_FIRST", int(bool(problem.alibi) or problem.softmax_scale <= 0)),
+        ("APPEND", int(problem.append is not None)),
+        *_rotary_defines(rotary),
+        ("LOAD_BYTES", problem.alignment),
+        ("STORE_BYTES", problem.out_alignment),
+    )
+    return Plan(
+        kernel="decode",
+        defines=defines,
+        grid=workers * tile.cluster if problem.batch and problem.seqlen_q else 0,
+        threads=tile.warps * 32,
+        shared_bytes=tile.shared_bytes(padded, itemsize, used_rows, problem.batch),
+        tile_rows=tile.rows,
+        tile_keys=tile.keys,
+        warps=tile.warps,
+        stages=tile.stages,
+        group=problem.group,
+        window=window,
+        tiles_per_sequence=0,
+        pairs_per_section=0,
+        reasons=tuple(reasons),
+        cluster=tile.cluster,
+        row_blocks=row_blocks,
+        least_positions=_ceil_div(tile.least, position_tiles),
+        position_tiles=position_tiles,
+        last_tier=tile.tiers - 1,
+        workspace_bytes=COUNTER_BYTES + shares * 2 * used_rows * (padded + 4) * 4,
+    )
+
+
+def _wide_offsets(problem: Problem) -> bool:
+    """Whether a row's offset, in units of 16 bytes, may need more than 32 bits, or is no multiple of 16 bytes."""
+    cache = problem.cache
+    rows = cache.block_size or cache.rows
+    reach = max(abs(outer) * cache.entries + abs(row) * rows for outer, row, _ in (cache.k_strides, cache.v_strides))
+    return problem.alignment < 16 or reach * problem.kv_itemsize >= 2**31 * 16
+
+
+def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> DecodeTile:
+    rows = problem.seqlen_q * problem.group
+    columns = _ceil_div(rows, 8)
+    row_tiles = min(2 if padded_dim <= 128 else 1, columns)  # more would not fit the registers
+    itemsize = problem.kv_itemsize
+    keys = 32 if padded_dim * itemsize <= 128 else 16
+    team_warps = 1
+    while team_warps < 8 and team_warps * row_tiles < columns:
+        team_warps *= 2
+    units = problem.batch * problem.num_kv_heads * _ceil_div(rows, 8 * row_tiles * team_warps)
+    cluster = 1 if device.capability < 90 else next((c for most, c in CLUSTERS if units <= most), 1)
+    candidates = (
+        DecodeTile(max(1, warps // team_warps), team_warps, row_tiles, keys, stages, cluster, blocks, 1, 8 * cluster)
+        for stages, blocks, warps in DECODE_SHAPES
+        if warps >= team_warps
+    )
+    room = device.shared_per_multiprocessor
+    for tile in candidates:
+        need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
+        if need <= device.shared_per_block and tile.blocks * (need + SHARED_RESERVED) <= room:
+            return tile
+    refuse("q", f"a batch of {problem.batch} sequences", "fewer, whose lengths decode can keep in shared memory")
+
+
+def _rotary_defines(rotary: Rotary | None) -> Defines:
+    if rotary is None:
+        return ()
+    return (
+        ("ROTARY", 2 if rotary.interleaved else 1),
+        ("ROTARY_DIM", rotary.dim),
+        ("ROTARY_FLOAT32", int(rotary.dtype == "float32")),
+    )
+
+
 def plan_append(append: Append) -> tuple[Defines, int, int]:
     """Compile-time values, grid and threads of one append."""
-    threads = 256
-    itemsize = 4 if append.dtype == "float32" else 2
-    piece = math.gcd(append.alignment, append.head_dim * itemsize)
-    pieces = append.total_new * append.num_kv_heads * (append.head_dim * itemsize // piece)
+    vector, parts = _parts(append.head_dim, append.alignment // append.itemsize, append.rotary)
     defines = (
         ("DTYPE", DTYPE_CODES[append.dtype]),
+        ("KV_DTYPE", DTYPE_CODES[append.kv_dtype]),
         ("HEAD_DIM", append.head_dim),
+        ("VECTOR", vector),
         ("PACKED_NEW", int(append.packed_new)),
         ("CACHE_KIND", CACHE_CODES[append.cache.kind]),
         ("BLOCK_SIZE", append.cache.block_size or 1),
-        ("COPY_BYTES", piece),
-        ("THREADS", threads),
+        *_rotary_defines(append.rotary),
+        ("THREADS", PART_THREADS),
     )
-    return defines, _ceil_div(pieces, threads), threads
+    return defines, _ceil_div(append.total_new * append.num_kv_heads * parts, PART_THREADS), PART_THREADS
+
+
+def plan_rotary(rotation: Rotation) -> tuple[Defines, int, int]:
+    """Compile-time values, grid and threads of one rotation."""
+    vector, parts = _parts(rotation.head_dim, rotation.alignment // rotation.itemsize, rotation.rotary)
+    defines = (
+        ("DTYPE", DTYPE_CODES[rotation.dtype]),
+        ("HEAD_DIM", rotation.head_dim),
+        ("VECTOR", vector),
+        ("PACKED", int(rotation.packed)),
+        ("PER_ROW", int(rotation.rotary.per_query)),
+        *_rotary_defines(rotation.rotary),
+        ("THREADS", PART_THREADS),
+    )
+    return defines, _ceil_div(rotation.total * rotation.num_heads * parts, PART_THREADS), PART_THREADS
+
+
+def plan_merge(merge: Merge, states: int, from_float32: bool, to_float32: bool) -> tuple[Defines, int, int]:
+    """Compile-time values, grid and threads of one round of a merge, of the states or of their float32 sums."""
+    vector, parts = _parts(merge.head_dim, merge.alignment // merge.itemsize)
+    defines = (
+        ("DTYPE", DTYPE_CODES[merge.dtype]),
+        ("SOURCE_FLOAT32", int(from_float32)),
+        ("TARGET_FLOAT32", int(to_float32)),
+        ("HEAD_DIM", merge.head_dim),
+        ("VECTOR", vector),
+        ("CAPACITY", next(capacity for capacity in MERGE_CAPACITIES if states <= capacity)),
+        ("THREADS", PART_THREADS),
+    )
+    rows = merge.batch * merge.seqlen * merge.num_heads
+    return defines, _ceil_div(rows * parts, PART_THREADS), PART_THREADS
+
+
+def _parts(head_dim: int, aligned: int, rotary: Rotary | None = None) -> tuple[int, int]:
+    """Elements that a thread moves at once, up to the `aligned` ones that addresses allow, and the threads of a row."""
+    vector = math.gcd(max(aligned, 1), head_dim, rotary.dim // 2 if rotary is not None else 0)
+    return vector, _ceil_div(head_dim, vector if rotary is None else 2 * vector)
 
 
 def warmup_variants(
@@ -260,7 +494,8 @@ def warmup_variants(
             for packed in (False, True):
                 strides = (0, 0, 0)
                 cache = Cache("paged", 1024, 4096, 16, 256, 256, strides, strides)
-                append = Append(dtype, 8, 8, head_dim, packed, 1024, 128, cache, strides, strides, False, 16)
+                plain = (dtype, 1.0, "", 1.0, "", None)
+                append = Append(dtype, 8, 8, head_dim, packed, 1024, 128, cache, strides, strides, False, 16, *plain)
                 found[("append_kv", plan_append(append)[0])] = None
     return list(found)
 
@@ -272,11 +507,12 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
         batch, block = 64, 16 if kind == "paged" else 0
         cache = Cache(kind, 1024, 4096, block, 256 if block else 0, 256 if block else 0, strides, strides)
         return Problem(
-            dtype=dtype, batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim, packed_q=packed_q,
-            total_q=batch * seqlen_q, seqlen_q=seqlen_q, seqlen_k=4096, seqlen_new=0, cache=cache, q_strides=strides,
-            o_strides=strides, window=window, softmax_scale=1.0, softcap=0.0, alibi="", sinks=False, lse=lse,
-            cu_seqlens_k=kind == "packed", seqused_k=kind == "paged", cache_batch_idx=False, leftpad=False,
-            alignment=16, out_alignment=16,
+            dtype=dtype, kv_dtype=dtype, batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim,
+            packed_q=packed_q, total_q=batch * seqlen_q, seqlen_q=seqlen_q, seqlen_k=4096, seqlen_new=0, cache=cache,
+            q_strides=strides, o_strides=strides, window=window, softmax_scale=1.0, softcap=0.0, alibi="",
+            sinks=False, lse=lse, cu_seqlens_k=kind == "packed", seqused_k=kind == "paged", cache_batch_idx=False,
+            leftpad=False, alignment=16, out_alignment=16, k_scale=1.0, k_scales="", v_scale=1.0, v_scales="",
+            num_splits=0, rotary=None, append=None,
         )  # fmt: skip
 
     full, causal = (UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0)

@@ -24,7 +24,10 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 OTHER_INTEGERS = ("int8", "int16", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 COUNTS = 1 << 31  # what kernels count in int32 stays below this
+FP8_DTYPES = {"float8_e4m3fn": "float8_e4m3fn", "e4m3": "float8_e4m3fn"}  # what a caller may say: what it means
+FP8_DTYPES |= {"float8_e5m2": "float8_e5m2", "e5m2": "float8_e5m2"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
+ITEMSIZE |= {"uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 Strides = tuple[int, int, int]
 """(outer, row, head) in elements: outer is the batch's, the block's, or 0 for a packed array."""
@@ -50,10 +53,75 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """How rows are rotated by their position: the tables are C-contiguous, (positions, dim / 2)."""
+
+    dim: int  # the first elements of each head that are rotated; even
+    interleaved: bool  # pairs (0, 1), (2, 3), …; else (i, i + dim / 2)
+    positions: int
+    dtype: str  # of the tables: the rows' own, or float32
+    per_query: bool  # query i is at cache_seqlens + i; else every query is at cache_seqlens. New keys: always so
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A validated, frozen description of rotating the rows of one array. Strides count elements."""
+
+    dtype: str
+    batch: int
+    total: int  # rows of x
+    seqlen: int  # dense: rows of a sequence. packed: total
+    num_heads: int
+    head_dim: int
+    packed: bool  # x is (total, heads, head_dim) with cu_seqlens, else (batch, seqlen, heads, head_dim)
+    x_strides: Strides
+    out_strides: Strides
+    alignment: int  # bytes (16, 8, 4 or 2) that divide every address of a row of x and out
+    rotary: Rotary  # per_query: row i is at offset + i, else every row at the offset
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """A validated, frozen description of writing new keys and values into a cache, in place."""
+
+    dtype: str  # of the new rows
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    packed_new: bool  # new rows are (total, kv_heads, head_dim) with cu_seqlens_new, else (batch, seqlen_new, …)
+    total_new: int
+    seqlen_new: int  # dense: exact. packed: total_new
+    cache: Cache
+    k_strides: Strides  # of the new rows
+    v_strides: Strides
+    cache_batch_idx: bool
+    alignment: int  # bytes (16, 8, 4, 2 or 1) that divide every address of a new or a cached row
+    kv_dtype: str  # of the cache: the new rows' dtype, or an FP8 one
+    k_scale: float  # FP8: what is stored is value / scale
+    k_scales: str  # as in Problem
+    v_scale: float
+    v_scales: str
+    rotary: Rotary | None  # new keys are rotated
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def kv_itemsize(self) -> int:
+        return ITEMSIZE[self.kv_dtype]
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """A validated, frozen description of one attention call. Lengths count tokens, strides count elements."""
 
     dtype: str
+    kv_dtype: str  # of the keys and values: q's dtype, or an FP8 one
     batch: int
     num_heads: int
     num_kv_heads: int
@@ -73,11 +141,18 @@ class Problem:
     sinks: bool
     lse: bool
     cu_seqlens_k: bool
-    seqused_k: bool
+    seqused_k: bool  # used lengths are given, as an array or as one number for all
     cache_batch_idx: bool
     leftpad: bool
-    alignment: int  # bytes (16, 8, 4 or 2) that divide every address of a q, k or v row
+    alignment: int  # bytes (16, 8, 4, 2 or 1) that divide every address of a q, k or v row
     out_alignment: int  # the same for the output
+    k_scale: float  # FP8: a key is what is stored times this, unless k_scales says that an array is read instead
+    k_scales: str  # "", or an array of float32: "tensor" holds one number, "heads" one for each kv head
+    v_scale: float
+    v_scales: str
+    num_splits: int  # the most pieces that one sequence's keys are cut into; 0: as the plan finds best
+    rotary: Rotary | None  # queries are rotated
+    append: Append | None  # new keys and values are written first, and attended to
 
     @property
     def group(self) -> int:
@@ -88,23 +163,9 @@ class Problem:
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
 
-
-@dataclass(frozen=True, slots=True)
-class Append:
-    """A validated, frozen description of writing new keys and values into a cache, in place."""
-
-    dtype: str
-    batch: int
-    num_kv_heads: int
-    head_dim: int
-    packed_new: bool  # new rows are (total, kv_heads, head_dim) with cu_seqlens_new, else (batch, seqlen_new, …)
-    total_new: int
-    seqlen_new: int  # dense: exact. packed: total_new
-    cache: Cache
-    k_strides: Strides  # of the new rows
-    v_strides: Strides
-    cache_batch_idx: bool
-    alignment: int
+    @property
+    def kv_itemsize(self) -> int:
+        return ITEMSIZE[self.kv_dtype]
 
 
 def describe(
@@ -128,7 +189,16 @@ def describe(
     block_table: View | None = None,
     cache_batch_idx: View | None = None,
     cache_leftpad: View | None = None,
-    seqlen_new: int = 0,
+    uniform_length: int | None = None,
+    k_new: View | None = None,
+    v_new: View | None = None,
+    rotary_cos: View | None = None,
+    rotary_sin: View | None = None,
+    rotary_interleaved: bool = True,
+    kv_dtype: str | None = None,
+    k_scale: View | float | None = None,
+    v_scale: View | float | None = None,
+    num_splits: int = 0,
     layout: str = "NHD",
     out_dtype: str | None = None,
     k_name: str = "k",
@@ -138,16 +208,17 @@ def describe(
     """The `Problem` of one call. Raises ValueError or TypeError naming the argument at fault.
 
     q is 4-D (batch, seqlen_q, heads, head_dim), or 3-D (total_q, heads, head_dim) with cu_seqlens_q.
-    k and v are 4-D dense, 3-D packed with cu_seqlens_k, or 4-D paged with block_table.
+    k and v are 4-D dense, 3-D packed with cu_seqlens_k, or 4-D paged with block_table. With k_new and v_new (4-D, q
+    dense) they are a cache that is appended to; of uniform_length, a length for all, only the presence counts here.
     out_dtype is what `out` must have, q's if None. The `_name`s are what the caller's signature calls the roles.
     """
     packed_q = cu_seqlens_q is not None
     if packed_q:
-        _rank("q", q, 3, "(total_q, heads, head_dim)")
+        check_rank("q", q, 3, "(total_q, heads, head_dim)")
     else:
-        _rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
+        check_rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
     _float_dtype("q", q)
-    _rows_in_place("q", q)
+    check_rows("q", q)
     head_dim, num_heads = q.shape[-1], q.shape[-2]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         refuse("q", f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
@@ -155,7 +226,7 @@ def describe(
         refuse("q", f"shape {q.shape} with no heads", "at least one head")
 
     if packed_q:
-        _index_array("cu_seqlens_q", cu_seqlens_q, q, ndim=1)
+        check_index_array("cu_seqlens_q", cu_seqlens_q, q, ndim=1)
         if cu_seqlens_q.shape[0] < 1:
             refuse("cu_seqlens_q", "an empty array", "batch + 1 entries, the first of them 0")
         batch = cu_seqlens_q.shape[0] - 1
@@ -164,22 +235,24 @@ def describe(
     else:
         batch, seqlen_q = q.shape[:2]
         total_q = batch * seqlen_q
-    _countable("q", total_q, "rows in all")
-    _countable("q", num_heads, "heads")
+    check_countable("q", total_q, "rows in all")
+    check_countable("q", num_heads, "heads")
 
     if packed_q and block_table is None:
         for name, keys in ((k_name, k), (v_name, v)):
-            _rank(name, keys, 3, "packed (total_k, kv_heads, head_dim), or block_table for a paged cache")
+            check_rank(name, keys, 3, "packed (total_k, kv_heads, head_dim), or block_table for a paged cache")
         if cu_seqlens_k is None:
             refuse("cu_seqlens_k", None, f"an int32 array of {batch + 1} entries for packed keys")
-    cache = _cache_geometry(k, v, q, batch, cu_seqlens_k, block_table, cache_batch_idx, layout, k_name, v_name)
+    kv_dtype = _kv_dtype(kv_dtype, k, q, k_name)
+    names = (k_name, v_name)
+    cache = _cache_geometry(k, v, q, kv_dtype, batch, cu_seqlens_k, block_table, cache_batch_idx, layout, *names)
     num_kv_heads = k.shape[1] if cache.kind == "packed" else k.shape[_heads_axis(cache, layout)]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         hint = _layout_hint(cache, layout, lambda heads: heads and num_heads % heads == 0, k.shape)
         expected = f"a number of kv heads that divides q's heads{hint}"
         refuse(k_name, f"{num_kv_heads} heads where q has {num_heads}", expected)
     if cu_seqlens_k is not None:
-        _index_array("cu_seqlens_k", cu_seqlens_k, q, shape=(batch + 1,))
+        check_index_array("cu_seqlens_k", cu_seqlens_k, q, shape=(batch + 1,))
     if cache.kind == "paged" and cu_seqlens_k is None and seqused_k is None and packed_q:
         refuse("cu_seqlens_k", None, "it or seqused_k: a paged cache alone does not say how long a sequence is")
     for name, view in (
@@ -188,15 +261,42 @@ def describe(
         ("cache_leftpad", cache_leftpad),
     ):
         if view is not None:
-            _index_array(name, view, q, shape=(batch,))
+            check_index_array(name, view, q, shape=(batch,))
 
     seqlen_k = cache.rows
     if max_seqlen_k is not None:
         seqlen_k = min(_length("max_seqlen_k", max_seqlen_k), seqlen_k)
     if out is not None:
         _output("out", out, q, out_dtype or q.dtype)
+    precise = out_dtype == "float64"
+    folded_window = _window(window, _flag("causal", causal))
+    scales = _scales(k_scale, v_scale, q, num_kv_heads, kv_dtype, precise)
+    append = None
+    if k_new is not None or v_new is not None:
+        _check_new_rows(k_new, v_new, q, seqused_k is not None or uniform_length is not None)
+        append = describe_append(
+            k,
+            v,
+            k_new,
+            v_new,
+            cache_seqlens=seqused_k,
+            block_table=block_table,
+            cache_batch_idx=cache_batch_idx,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+            kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            layout=layout,
+            precise=precise,
+        )
+    rotary = describe_rotary(rotary_cos, rotary_sin, rotary_interleaved, q, per_query=folded_window != (-1, -1))
+    if rotary is not None and append is None:
+        refuse("k", None, "the new keys that go with the queries, when rotary_cos and rotary_sin are given")
     return Problem(
         dtype=q.dtype,
+        kv_dtype=kv_dtype,
         batch=batch,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -205,22 +305,29 @@ def describe(
         total_q=total_q,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        seqlen_new=seqlen_new,
+        seqlen_new=append.seqlen_new if append is not None else 0,
         cache=cache,
-        q_strides=_strides(q, packed_q),
-        o_strides=_strides(out, packed_q) if out is not None else _contiguous_strides(q.shape, packed_q),
-        window=_window(window, _flag("causal", causal)),
-        softmax_scale=_scale(softmax_scale, head_dim, out_dtype == "float64"),
-        softcap=_softcap(softcap, out_dtype == "float64"),
+        q_strides=row_strides(q, packed_q),
+        o_strides=row_strides(out, packed_q) if out is not None else contiguous_row_strides(q.shape, packed_q),
+        window=folded_window,
+        softmax_scale=_scale(softmax_scale, head_dim, precise),
+        softcap=_softcap(softcap, precise),
         alibi=_alibi(alibi_slopes, q, batch, num_heads),
         sinks=_sinks(sinks, q, num_heads),
         lse=_flag("return_lse", return_lse),
         cu_seqlens_k=cu_seqlens_k is not None,
-        seqused_k=seqused_k is not None,
+        seqused_k=seqused_k is not None or uniform_length is not None,
         cache_batch_idx=cache_batch_idx is not None,
         leftpad=cache_leftpad is not None,
-        alignment=_alignment(q, k, v),
-        out_alignment=_alignment(out) if out is not None else _contiguous_alignment(head_dim, q.dtype),
+        alignment=row_alignment(q, k, v),
+        out_alignment=row_alignment(out) if out is not None else contiguous_row_alignment(head_dim, q.dtype),
+        k_scale=scales[0],
+        k_scales=scales[1],
+        v_scale=scales[2],
+        v_scales=scales[3],
+        num_splits=_splits(num_splits),
+        rotary=rotary,
+        append=append,
     )
 
 
@@ -234,24 +341,34 @@ def describe_append(
     cache_seqlens: View | None = None,
     block_table: View | None = None,
     cache_batch_idx: View | None = None,
+    rotary_cos: View | None = None,
+    rotary_sin: View | None = None,
+    rotary_interleaved: bool = True,
+    kv_dtype: str | None = None,
+    k_scale: View | float | None = None,
+    v_scale: View | float | None = None,
     layout: str = "NHD",
+    precise: bool = False,
 ) -> Append:
-    """The `Append` of one write into a cache. Raises ValueError or TypeError naming the argument at fault."""
+    """The `Append` of one write into a cache. Raises ValueError or TypeError naming the argument at fault.
+
+    precise: numbers are kept in float64, as for a call that computes in it.
+    """
     packed = cu_seqlens_new is not None
     form = "(total_new, kv_heads, head_dim)" if packed else "(batch, seqlen_new, kv_heads, head_dim)"
     for name, view in (("k", k), ("v", v)):
         if not packed and len(view.shape) == 3:
             form += ", or cu_seqlens_new for packed rows"
-        _rank(name, view, 3 if packed else 4, form)
+        check_rank(name, view, 3 if packed else 4, form)
         _float_dtype(name, view)
-        _rows_in_place(name, view)
+        check_rows(name, view)
     if v.shape != k.shape:
         refuse("v", f"shape {v.shape}", f"k's shape {k.shape}")
     same_kind("v", v, k, "k")
     if k.shape[-2] == 0:
         refuse("k", f"shape {k.shape} with no heads", "at least one head")
     if packed:
-        _index_array("cu_seqlens_new", cu_seqlens_new, k, ndim=1)
+        check_index_array("cu_seqlens_new", cu_seqlens_new, k, ndim=1)
         if cu_seqlens_new.shape[0] < 1:
             refuse("cu_seqlens_new", "an empty array", "batch + 1 entries, the first of them 0")
         batch, total = cu_seqlens_new.shape[0] - 1, k.shape[0]
@@ -259,9 +376,12 @@ def describe_append(
     else:
         batch, seqlen_new = k.shape[:2]
         total = batch * seqlen_new
-    _countable("k", total, "rows in all")
+    check_countable("k", total, "rows in all")
     names = ("k_cache", "v_cache")
-    cache = _cache_geometry(k_cache, v_cache, k, batch, None, block_table, cache_batch_idx, layout, *names, "k")
+    kv_dtype = _kv_dtype(kv_dtype, k_cache, k, "k_cache", "k")
+    cache = _cache_geometry(
+        k_cache, v_cache, k, kv_dtype, batch, None, block_table, cache_batch_idx, layout, *names, "k"
+    )
     heads_axis = _heads_axis(cache, layout)
     if k_cache.shape[heads_axis] != k.shape[-2]:
         hint = _layout_hint(cache, layout, lambda heads: heads == k.shape[-2], k_cache.shape)
@@ -271,10 +391,11 @@ def describe_append(
     if not packed and batch and seqlen_new > cache.rows:
         refuse("k", f"{seqlen_new} new rows for a sequence", f"at most the {cache.rows} that the cache holds for one")
     for name, view in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _writable(name, view)
+        check_writable(name, view)
     for name, view in (("cache_seqlens", cache_seqlens), ("cache_batch_idx", cache_batch_idx)):
         if view is not None:
-            _index_array(name, view, k, shape=(batch,))
+            check_index_array(name, view, k, shape=(batch,))
+    scales = _scales(k_scale, v_scale, k, k.shape[-2], kv_dtype, precise)
     return Append(
         dtype=k.dtype,
         batch=batch,
@@ -284,10 +405,16 @@ def describe_append(
         total_new=total,
         seqlen_new=seqlen_new,
         cache=cache,
-        k_strides=_strides(k, packed),
-        v_strides=_strides(v, packed),
+        k_strides=row_strides(k, packed),
+        v_strides=row_strides(v, packed),
         cache_batch_idx=cache_batch_idx is not None,
-        alignment=_alignment(k, v, k_cache, v_cache),
+        alignment=row_alignment(k, v, k_cache, v_cache),
+        kv_dtype=kv_dtype,
+        k_scale=scales[0],
+        k_scales=scales[1],
+        v_scale=scales[2],
+        v_scales=scales[3],
+        rotary=describe_rotary(rotary_cos, rotary_sin, rotary_interleaved, k, per_query=True),
     )
 
 
@@ -298,17 +425,19 @@ def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -
     came), block_table, cache_batch_idx, cache_leftpad; absent ones are skipped. On a device this costs a
     synchronisation, so callers ask for it.
     """
+    appending = isinstance(problem, Append)
+    if not appending and problem.append is not None:
+        check_indices(problem.append, arrays)
     arrays = {name: values.astype(np.int64) for name, values in arrays.items()}  # differences of int32 can overflow
     cache = problem.cache
     batch = problem.batch
-    appending = isinstance(problem, Append)
     if not appending and problem.packed_q:
-        _check_cumulative("cu_seqlens_q", arrays["cu_seqlens_q"], problem.total_q, "q's rows")
+        check_cumulative("cu_seqlens_q", arrays["cu_seqlens_q"], problem.total_q, "q's rows")
         longest = int(np.diff(arrays["cu_seqlens_q"]).max(initial=0))
         if longest > problem.seqlen_q:
             refuse("max_seqlen_q", problem.seqlen_q, f"at least the longest sequence, {longest}")
     if appending and problem.packed_new:
-        _check_cumulative("cu_seqlens_new", arrays["cu_seqlens_new"], problem.total_new, "k's rows")
+        check_cumulative("cu_seqlens_new", arrays["cu_seqlens_new"], problem.total_new, "k's rows")
         new = np.diff(arrays["cu_seqlens_new"])
     else:
         new = np.full(batch, problem.seqlen_new, dtype=np.int64)
@@ -317,7 +446,7 @@ def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -
     lengths = capacity.copy()
     if "cu_seqlens_k" in arrays:
         limit = cache.rows if cache.kind == "packed" else np.iinfo(np.int32).max
-        _check_cumulative("cu_seqlens_k", arrays["cu_seqlens_k"], limit, "k's rows")
+        check_cumulative("cu_seqlens_k", arrays["cu_seqlens_k"], limit, "k's rows")
         lengths = np.diff(arrays["cu_seqlens_k"])
         capacity = lengths if cache.kind == "packed" else capacity
     length_name = "cu_seqlens_k"
@@ -328,21 +457,23 @@ def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -
         lengths = np.zeros(batch, dtype=np.int64)
     if appending or problem.seqused_k:
         lengths = lengths + new
-    if (bad := _first(lengths - new < 0)) is not None:
+    if (bad := first_true(lengths - new < 0)) is not None:
         refuse(length_name, f"{int(lengths[bad] - new[bad])} for sequence {bad}", "a length of at least 0")
-    if (bad := _first(lengths > capacity)) is not None:
+    if (bad := first_true(lengths > capacity)) is not None:
         came = f"{int(lengths[bad] - new[bad])} tokens for sequence {bad}"
         came += f" plus {int(new[bad])} new" if new[bad] else ""
         refuse(length_name, came, f"at most the {int(capacity[bad])} that its rows hold")
-    if not appending and (bad := _first(lengths > problem.seqlen_k)) is not None:
+    if not appending and (bad := first_true(lengths > problem.seqlen_k)) is not None:
         refuse("max_seqlen_k", problem.seqlen_k, f"at least the longest sequence, {int(lengths[bad])}")
+    if problem.rotary is not None:
+        _check_positions(problem, lengths - new, new)
     if "cache_leftpad" in arrays:
         pad = arrays["cache_leftpad"]
-        if (bad := _first((pad < 0) | (pad > lengths))) is not None:
+        if (bad := first_true((pad < 0) | (pad > lengths))) is not None:
             refuse("cache_leftpad", f"{int(pad[bad])} for sequence {bad}", f"0 to its length {int(lengths[bad])}")
     if "cache_batch_idx" in arrays:
         index = arrays["cache_batch_idx"]
-        if (bad := _first((index < 0) | (index >= cache.entries))) is not None:
+        if (bad := first_true((index < 0) | (index >= cache.entries))) is not None:
             refuse("cache_batch_idx", f"{int(index[bad])} for sequence {bad}", f"0 to {cache.entries - 1}")
         written = index[new > 0]
         if appending and len(np.unique(written)) != len(written):
@@ -355,10 +486,36 @@ def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -
             _check_distinct_rows(arrays["block_table"], cache, lengths - new, new)
 
 
+def check_uniform(problem: Problem | Append, length: int) -> None:
+    """Refuse a length that an int gave to all sequences, in the words of `check_indices`; nothing is read."""
+    new, rows = problem.seqlen_new, problem.cache.rows
+    if isinstance(problem, Append) and problem.packed_new:
+        new = 0
+    if length < 0:
+        refuse("cache_seqlens", length, "a length of at least 0")
+    if length > rows - new:
+        came = f"{length} tokens plus {new} new" if new else f"{length} tokens"
+        refuse("cache_seqlens", came, f"at most the {rows} that its rows hold")
+    if problem.rotary is not None and problem.batch:
+        _check_positions(problem, np.array([length]), np.array([new]))
+
+
+def _check_positions(problem: Problem | Append, start: np.ndarray, new: np.ndarray) -> None:
+    """The tables must have every position that a new key, or a query, is rotated at."""
+    rotary, reach = problem.rotary, new
+    if isinstance(problem, Problem):
+        reach = np.maximum(new, problem.seqlen_q if rotary.per_query else min(problem.seqlen_q, 1))
+    if (bad := first_true((reach > 0) & (start + reach > rotary.positions))) is not None:
+        needed = int(start[bad] + reach[bad])
+        expected = f"at least {needed}: sequence {bad} holds {int(start[bad])} tokens before this call"
+        refuse("rotary_cos", f"{rotary.positions} positions", expected)
+
+
 def _cache_geometry(
     k: View,
     v: View,
     like: View,
+    kv_dtype: str,
     batch: int,
     cu_seqlens_k: View | None,
     block_table: View | None,
@@ -382,26 +539,26 @@ def _cache_geometry(
         if layout == "HND":
             refuse("layout", "'HND' without block_table", "'NHD': for a dense cache pass a transposed view instead")
     for name, view in ((k_name, k), (v_name, v)):
-        _rank(name, view, 3 if packed else 4, form)
-        same_kind(name, view, like, like_name)
+        check_rank(name, view, 3 if packed else 4, form)
+        _cache_kind(name, view, like, like_name, kv_dtype)
         if view.shape[-1] != like.shape[-1]:
             refuse(name, f"head_dim {view.shape[-1]}", f"{like.shape[-1]}, as in the other arrays")
-        _rows_in_place(name, view)
+        check_rows(name, view)
     if v.shape != k.shape:
         refuse(v_name, f"shape {v.shape}", f"{k_name}'s shape {k.shape}")
-    _countable(k_name, k.shape[0], {3: "rows", 4: "sequences" if block_table is None else "blocks"}[len(k.shape)])
+    check_countable(k_name, k.shape[0], {3: "rows", 4: "sequences" if block_table is None else "blocks"}[len(k.shape)])
     if packed:
-        return Cache("packed", 1, k.shape[0], 0, 0, 0, _strides(k, True), _strides(v, True))
+        return Cache("packed", 1, k.shape[0], 0, 0, 0, row_strides(k, True), row_strides(v, True))
     if block_table is None:
         if cache_batch_idx is None and k.shape[0] != batch:
             hint = "; for a paged cache pass block_table, for a larger dense one cache_batch_idx"
             hint = hint if k_name == "k_cache" else ""
             refuse(k_name, f"batch {k.shape[0]}", f"{like_name}'s batch {batch}{hint}")
-        _countable(k_name, k.shape[1], "rows for a sequence")
-        return Cache("dense", k.shape[0], k.shape[1], 0, 0, 0, _strides(k, False), _strides(v, False))
+        check_countable(k_name, k.shape[1], "rows for a sequence")
+        return Cache("dense", k.shape[0], k.shape[1], 0, 0, 0, row_strides(k, False), row_strides(v, False))
     if cache_batch_idx is not None:
         refuse("cache_batch_idx", "given together with block_table", "one of the two")
-    _index_array("block_table", block_table, like, ndim=2, rows_contiguous=True)
+    check_index_array("block_table", block_table, like, ndim=2, rows_contiguous=True)
     if block_table.shape[0] != batch:
         refuse("block_table", f"{block_table.shape[0]} rows", f"one for each of the {batch} sequences")
     block_size = k.shape[1 if layout == "NHD" else 2]
@@ -409,8 +566,8 @@ def _cache_geometry(
         refuse(k_name, f"block_size {block_size}", "at least 1")
     swap = layout == "HND"
     max_blocks = block_table.shape[1]
-    _countable("block_table", max_blocks * block_size, "rows for a sequence")
-    _countable("block_table", abs(block_table.strides[0]), "elements from row to row")
+    check_countable("block_table", max_blocks * block_size, "rows for a sequence")
+    check_countable("block_table", abs(block_table.strides[0]), "elements from row to row")
     return Cache(
         "paged",
         k.shape[0],
@@ -418,8 +575,8 @@ def _cache_geometry(
         block_size,
         max_blocks,
         block_table.strides[0],
-        _strides(k, False, swap),
-        _strides(v, False, swap),
+        row_strides(k, False, swap),
+        row_strides(v, False, swap),
     )
 
 
@@ -433,12 +590,124 @@ def _layout_hint(cache: Cache, layout: str, fits: Callable[[int], bool], shape: 
     return ", or layout='HND', as axis 1 would fit" if swapped else ""
 
 
-def _rank(name: str, view: View, ndim: int, form: str) -> None:
+def check_rank(name: str, view: View, ndim: int, form: str) -> None:
     if len(view.shape) != ndim:
         refuse(name, f"{len(view.shape)}-D shape {view.shape}", f"{ndim}-D {form}")
 
 
-def _countable(name: str, count: int, what: str) -> None:
+def _kv_dtype(given: str | None, cache: View, like: View, name: str, like_name: str = "q") -> str:
+    """The dtype of a cache: its array's own, or what kv_dtype says its bytes mean. Only caches can be FP8."""
+    if given is None:
+        fp8 = name == "k_cache" and cache.dtype in FP8_DTYPES
+    elif isinstance(given, str) and given in FP8_DTYPES:
+        fp8 = True
+    else:
+        known = "'float8_e4m3fn' or 'float8_e5m2'"
+        refuse("kv_dtype", repr(given), f"{known}, or None for a cache of {like_name}'s dtype")
+    if not fp8:
+        return like.dtype
+    if like.dtype == "float32" and like.device >= 0:
+        refuse(like_name, "float32", "float16 or bfloat16 beside an FP8 cache on CUDA", TypeError)
+    return FP8_DTYPES[given or cache.dtype]
+
+
+def _cache_kind(name: str, view: View, like: View, like_name: str, kv_dtype: str) -> None:
+    """Refuse keys or values whose dtype is not kv_dtype (FP8 may come as its bytes), or that lie elsewhere."""
+    fp8 = kv_dtype in FP8_DTYPES
+    if view.dtype != kv_dtype and not (fp8 and view.dtype == "uint8"):
+        if fp8:
+            refuse(name, view.dtype, f"uint8 or {kv_dtype}, as the cache is {kv_dtype}", TypeError)
+        hint = ", or kv_dtype='float8_e4m3fn' or 'float8_e5m2' for a cache of FP8" if view.dtype == "uint8" else ""
+        refuse(name, view.dtype, f"{like_name}'s dtype {like.dtype}{hint}", TypeError)
+    _same_device(name, view, like)
+
+
+def _scales(
+    k_scale: View | float | None, v_scale: View | float | None, like: View, heads: int, kv_dtype: str, precise: bool
+) -> tuple[float, str, float, str]:
+    """(k_scale, k_scales, v_scale, v_scales) of a `Problem` or an `Append`."""
+    return (
+        *_cache_scale("k_scale", k_scale, like, heads, kv_dtype, precise),
+        *_cache_scale("v_scale", v_scale, like, heads, kv_dtype, precise),
+    )
+
+
+def _cache_scale(
+    name: str, scale: View | float | None, like: View, heads: int, kv_dtype: str, precise: bool
+) -> tuple[float, str]:
+    """One scale: the number and "", or 1.0 and the shape's name if an array holds it, whose contents are not read."""
+    if kv_dtype not in FP8_DTYPES:
+        if scale is not None:
+            refuse(name, "a scale", f"None: the cache is {kv_dtype}, and only an FP8 one is scaled")
+        return 1.0, ""
+    if scale is None:
+        form = f"a number, or a float32 array of shape (), (1,) or ({heads},)"
+        refuse(name, None, f"{form}: a value of the {kv_dtype} cache is what is stored times it")
+    if isinstance(scale, View):
+        check_per_head(name, scale, like)
+        if scale.shape in ((), (1,)):
+            return 1.0, "tensor"
+        if scale.shape == (heads,):
+            return 1.0, "heads"
+        refuse(name, f"shape {scale.shape}", f"(), (1,) or ({heads},)")
+    number = _number(name, scale, precise)
+    if number <= 0:
+        refuse(name, number, "a number above 0")
+    return number, ""
+
+
+def describe_rotary(
+    cos: View | None, sin: View | None, interleaved: bool, rows: View, *, per_query: bool, prefix: str = "rotary_"
+) -> Rotary | None:
+    """The rotation of the queries (or of new keys) `rows` by two tables, whose arguments' names begin with `prefix`."""
+    interleaved = _flag(f"{prefix}interleaved", interleaved)
+    if cos is None and sin is None:
+        return None
+    cos_name, sin_name = f"{prefix}cos", f"{prefix}sin"
+    for name, view in ((cos_name, cos), (sin_name, sin)):
+        if view is None:
+            refuse(name, None, f"{cos_name} and {sin_name} together")
+        check_rank(name, view, 2, "(positions, rotary_dim / 2)")
+        if view.dtype not in (rows.dtype, "float32"):
+            refuse(name, view.dtype, " or ".join(dict.fromkeys((rows.dtype, "float32"))), TypeError)
+        _aligned(name, view)
+        _same_device(name, view, rows)
+        _contiguous(name, view)
+    positions, half = cos.shape
+    if not 1 <= half <= rows.shape[-1] // 2:
+        came = f"{half} columns, which rotate the first {2 * half} elements of a head"
+        refuse(cos_name, came, f"1 to {rows.shape[-1] // 2}, as head_dim is {rows.shape[-1]}")
+    if sin.shape != cos.shape:
+        refuse(sin_name, f"shape {sin.shape}", f"{cos_name}'s shape {cos.shape}")
+    if sin.dtype != cos.dtype:
+        refuse(sin_name, sin.dtype, f"{cos_name}'s dtype {cos.dtype}", TypeError)
+    check_countable(cos_name, positions, "positions")
+    return Rotary(2 * half, interleaved, positions, cos.dtype, per_query)
+
+
+def _check_new_rows(k: View | None, v: View | None, q: View, lengths: bool) -> None:
+    """Refuse new rows that do not go with the queries, or without the lengths that they go behind."""
+    for name, rows in (("k", k), ("v", v)):
+        if rows is None:
+            refuse(name, None, "k and v together")
+    if not lengths:
+        refuse("cache_seqlens", None, "how many tokens each sequence holds, when k and v are appended behind them")
+    for name, rows in (("k", k), ("v", v)):
+        same_kind(name, rows, q)
+        check_rank(name, rows, 4, "(batch, seqlen_new, kv_heads, head_dim)")
+        if rows.shape[0] != q.shape[0]:
+            refuse(name, f"batch {rows.shape[0]}", f"q's batch {q.shape[0]}")
+
+
+def _splits(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        refuse("num_splits", repr(value), "an int", TypeError)
+    if value < 0:
+        refuse("num_splits", value, "0 (automatic) or the most pieces to cut a sequence's keys into")
+    return min(int(value), COUNTS - 1)
+
+
+def check_countable(name: str, count: int, what: str) -> None:
     if count >= COUNTS:
         refuse(name, f"{count} {what}", "fewer than 2**31")
 
@@ -469,7 +738,7 @@ def _same_device(name: str, view: View, like: View) -> None:
         refuse(name, came, f"the other arrays' device {device_name(like.device)}")
 
 
-def _rows_in_place(name: str, view: View) -> None:
+def check_rows(name: str, view: View) -> None:
     """head_dim must be contiguous, and elements must lie at multiples of their size."""
     _aligned(name, view)
     if not _contiguous_last(view):
@@ -488,7 +757,7 @@ def _contiguous_last(view: View) -> bool:
     return view.shape[-1] <= 1 or view.strides[-1] == 1 or 0 in view.shape
 
 
-def _index_array(
+def check_index_array(
     name: str,
     view: View,
     like: View,
@@ -511,7 +780,7 @@ def _index_array(
         refuse(name, f"stride {view.strides[-1]}{where}", "a contiguous array")
 
 
-def _writable(name: str, view: View) -> None:
+def check_writable(name: str, view: View) -> None:
     if view.library == "jax":
         refuse(
             name,
@@ -542,8 +811,8 @@ def _output(name: str, out: View, q: View, dtype: str) -> None:
     if out.dtype != dtype:
         refuse(name, out.dtype, f"q's dtype {q.dtype}" if dtype == q.dtype else dtype, TypeError)
     _same_device(name, out, q)
-    _rows_in_place(name, out)
-    _writable(name, out)
+    check_rows(name, out)
+    check_writable(name, out)
 
 
 def _length(name: str, value: object) -> int:
@@ -613,7 +882,7 @@ def _number(name: str, value: object, precise: bool) -> float:
 def _alibi(slopes: View | None, q: View, batch: int, num_heads: int) -> str:
     if slopes is None:
         return ""
-    _per_head("alibi_slopes", slopes, q)
+    check_per_head("alibi_slopes", slopes, q)
     if slopes.shape == (num_heads,):
         return "heads"
     if slopes.shape == (batch, num_heads):
@@ -624,17 +893,21 @@ def _alibi(slopes: View | None, q: View, batch: int, num_heads: int) -> str:
 def _sinks(sinks: View | None, q: View, num_heads: int) -> bool:
     if sinks is None:
         return False
-    _per_head("sinks", sinks, q)
+    check_per_head("sinks", sinks, q)
     if sinks.shape != (num_heads,):
         refuse("sinks", f"shape {sinks.shape}", f"({num_heads},)")
     return True
 
 
-def _per_head(name: str, view: View, q: View) -> None:
+def check_per_head(name: str, view: View, q: View) -> None:
     if view.dtype != "float32":
         refuse(name, view.dtype, f"float32: pass {_converted(name, view, 'float32')}", TypeError)
     _aligned(name, view)
     _same_device(name, view, q)
+    _contiguous(name, view)
+
+
+def _contiguous(name: str, view: View) -> None:
     stride = 1
     for size, step in zip(reversed(view.shape), reversed(view.strides), strict=True):
         if size > 1 and step != stride and 0 not in view.shape:
@@ -642,7 +915,7 @@ def _per_head(name: str, view: View, q: View) -> None:
         stride *= size
 
 
-def _strides(view: View, packed: bool, swap: bool = False) -> Strides:
+def row_strides(view: View, packed: bool, swap: bool = False) -> Strides:
     """(outer, row, head) strides; those of axes with one entry are 0, since nothing ever steps along them."""
     steps = tuple(step if size > 1 else 0 for size, step in zip(view.shape, view.strides, strict=True))
     if packed:
@@ -650,17 +923,17 @@ def _strides(view: View, packed: bool, swap: bool = False) -> Strides:
     return (steps[0], steps[2], steps[1]) if swap else (steps[0], steps[1], steps[2])
 
 
-def _contiguous_strides(shape: tuple[int, ...], packed: bool) -> Strides:
+def contiguous_row_strides(shape: tuple[int, ...], packed: bool) -> Strides:
     row = shape[-1] * shape[-2]
     return (0, row, shape[-1]) if packed else (row * shape[1], row, shape[-1])
 
 
-def _contiguous_alignment(head_dim: int, dtype: str) -> int:
+def contiguous_row_alignment(head_dim: int, dtype: str) -> int:
     return math.gcd(head_dim * ITEMSIZE[dtype], 16)
 
 
-def _alignment(*views: View) -> int:
-    """The largest of 16, 8, 4, 2 bytes that divides every row's address."""
+def row_alignment(*views: View) -> int:
+    """The largest of 16, 8, 4, 2, 1 bytes that divides every row's address."""
     common = 16
     for view in views:
         if 0 in view.shape:
@@ -672,10 +945,10 @@ def _alignment(*views: View) -> int:
     return common
 
 
-def _check_cumulative(name: str, values: np.ndarray, total: int, what: str) -> None:
+def check_cumulative(name: str, values: np.ndarray, total: int, what: str) -> None:
     if values[0] != 0:
         refuse(name, f"{int(values[0])} as its first entry", "0: cumulative lengths, as in [0, 4, 10]")
-    if (bad := _first(np.diff(values) < 0)) is not None:
+    if (bad := first_true(np.diff(values) < 0)) is not None:
         came = f"{int(values[bad])} followed by {int(values[bad + 1])} at [{bad + 1}]"
         refuse(name, came, "entries that never decrease")
     if values[-1] > total:
@@ -715,5 +988,5 @@ def _check_distinct_rows(table: np.ndarray, cache: Cache, start: np.ndarray, new
         refuse("block_table", came, "a block of its own wherever a sequence writes")
 
 
-def _first(mask: np.ndarray) -> int | None:
+def first_true(mask: np.ndarray) -> int | None:
     return int(np.argmax(mask)) if mask.any() else None

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 
-from .arrays import INDEX_ROLES, View, host_array
+from .arrays import INDEX_ROLES, View, host_array, numpy_dtype
 from .kernels.operands import AppendOperands, Operands
-from .problem import Append, Cache, Problem, check_indices
+from .problem import Append, Cache, Problem, Rotary, check_indices
 
 SCORES = 1 << 19  # scores held at once, over all heads: 2 MB of float32, which a core's caches hold
 KEYS = 512  # keys in one block
@@ -25,11 +26,14 @@ KEYS = 512  # keys in one block
 def forward(problem: Problem, operands: Operands, precision: type = np.float32) -> None:
     """Compute attention into operands.out and, if the problem asks for it, operands.lse.
 
-    precision (numpy.float32 or numpy.float64) is the dtype of all arithmetic; results are rounded to the dtype of
-    the arrays that they are written to. Raises ValueError if the contents of an index array do not fit.
+    New keys and values are appended first, where the problem has any. precision (numpy.float32 or numpy.float64) is
+    the dtype of all arithmetic; results are rounded to the dtype of the arrays that they are written to. Raises
+    ValueError, before anything is written, if the contents of an index array do not fit.
     """
-    indices = _indices(operands)
+    indices = _indices(operands, problem.batch)
     check_indices(problem, indices)
+    if problem.append is not None:
+        _write(problem.append, operands.appending(), indices, np.dtype(precision))
     out = host_array(operands.out)
     lse = host_array(operands.lse) if problem.lse else None
     if problem.packed_q:
@@ -39,26 +43,40 @@ def forward(problem: Problem, operands: Operands, precision: type = np.float32) 
             _attend(problem, sequence)
 
 
-def append(append: Append, operands: AppendOperands) -> None:
+def append(append: Append, operands: AppendOperands, precision: type = np.float32) -> None:
     """Write the new keys and values behind the tokens that the cache holds, in place, sequence after sequence.
 
-    Raises ValueError, before anything is written, if the contents of an index array do not fit.
+    precision is that of rotation and of the division by a scale. Raises ValueError, before anything is written, if
+    the contents of an index array do not fit.
     """
-    indices = _indices(operands)
+    indices = _indices(operands, append.batch)
     check_indices(append, indices)
-    pairs = []
-    for cache_view, new_view, strides in (
-        (operands.k_cache, operands.k, append.cache.k_strides),
-        (operands.v_cache, operands.v, append.cache.v_strides),
-    ):
-        held = _by_row(cache_view, append.cache, strides, append.num_kv_heads, append.head_dim)
-        pairs.append((held, host_array(new_view)))
-    for b in range(append.batch):
-        place = _place(append.cache, indices, b)
-        start = int(indices["cache_seqlens"][b]) if "cache_seqlens" in indices else 0
-        for held, new in pairs:
-            rows = new[slice(*indices["cu_seqlens_new"][b : b + 2])] if append.packed_new else new[b]
-            held[place.rows(start, start + len(rows))] = rows
+    _write(append, operands, indices, np.dtype(precision))
+
+
+def _write(append: Append, operands: AppendOperands, indices: dict[str, np.ndarray], dtype: np.dtype) -> None:
+    """The append itself. Rotated keys are rounded to their own dtype before they are scaled to an FP8 cache's."""
+    cache, shape = append.cache, (append.num_kv_heads, append.head_dim)
+    held_k = _by_row(operands.k_cache, cache, cache.k_strides, *shape)
+    held_v = _by_row(operands.v_cache, cache, cache.v_strides, *shape)
+    new_k, new_v = host_array(operands.k), host_array(operands.v)
+    k_scale = _scales(append.k_scale, operands.k_scale, dtype)
+    v_scale = _scales(append.v_scale, operands.v_scale, dtype)
+    rotation = _rotation(append.rotary, operands)
+    lengths = _used(indices)
+    with np.errstate(all="ignore"):
+        for b in range(append.batch):
+            own = slice(*indices["cu_seqlens_new"][b : b + 2]) if append.packed_new else b
+            start = 0 if lengths is None else int(lengths[b])
+            k, v = new_k[own], new_v[own]
+            if rotation is not None:
+                k = rotate(k, rotation, np.arange(start, start + len(k)), dtype).astype(k.dtype)
+            rows = _place(cache, indices, b).rows(start, start + len(k))
+            if append.kv_dtype == append.dtype:
+                held_k[rows], held_v[rows] = k, v
+            else:
+                held_k[rows] = _to_fp8(_widen(k, dtype) / k_scale, append.kv_dtype)
+                held_v[rows] = _to_fp8(_widen(v, dtype) / v_scale, append.kv_dtype)
 
 
 @dataclass(slots=True)
@@ -82,9 +100,11 @@ class _Place:
 class _Sequence:
     """One sequence's share of the call: views of its rows, and how to find its keys."""
 
-    q: np.ndarray  # (seqlen_q, heads, head_dim)
+    q: np.ndarray  # (seqlen_q, heads, head_dim), rotated if they are to be
     k: np.ndarray  # the whole of k as (outer, row, kv_head, head_dim)
     v: np.ndarray
+    k_numbers: np.ndarray | None  # FP8: what each byte stands for, (1, 256) or (kv_heads, 256)
+    v_numbers: np.ndarray | None
     place: _Place
     seqlen_k: int
     slopes: np.ndarray | None  # (heads,)
@@ -94,9 +114,17 @@ class _Sequence:
     dtype: np.dtype
 
 
-def _indices(operands: Operands | AppendOperands) -> dict[str, np.ndarray]:
+def _indices(operands: Operands | AppendOperands, batch: int) -> dict[str, np.ndarray]:
     views = {role: getattr(operands, role, None) for role in INDEX_ROLES}
-    return {role: host_array(view) for role, view in views.items() if view is not None}
+    arrays = {role: host_array(view) for role, view in views.items() if view is not None}
+    if operands.uniform_length is not None:
+        arrays["cache_seqlens"] = np.full(batch, operands.uniform_length, np.int32)
+    return arrays
+
+
+def _used(indices: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Lengths before this call, where they are given."""
+    return indices.get("seqused_k", indices.get("cache_seqlens"))
 
 
 def _fill_spare_rows(out: np.ndarray, lse: np.ndarray | None, used: int) -> None:
@@ -107,8 +135,10 @@ def _fill_spare_rows(out: np.ndarray, lse: np.ndarray | None, used: int) -> None
 
 
 def _by_row(view: View, cache: Cache, strides: tuple[int, int, int], heads: int, head_dim: int) -> np.ndarray:
-    """k or v as (outer, row, kv_head, head_dim), whatever the layout: NHD and HND differ in strides alone."""
+    """k or v (FP8 as bytes) as (outer, row, kv_head, head_dim): NHD and HND differ in strides alone."""
     array = host_array(view)
+    if array.itemsize == 1:
+        array = array.view(np.uint8)
     shape = (cache.entries, cache.block_size or cache.rows, heads, head_dim)
     steps = tuple(step * array.itemsize for step in (*strides, 1))
     return np.lib.stride_tricks.as_strided(array, shape, steps)
@@ -120,16 +150,15 @@ def _place(cache: Cache, indices: dict[str, np.ndarray], b: int) -> _Place:
         outer = int(indices["cache_batch_idx"][b]) if "cache_batch_idx" in indices else b
     elif cache.kind == "packed":
         first = int(indices["cu_seqlens_k"][b])
-    if "cache_leftpad" in indices:
-        first += int(indices["cache_leftpad"][b])
     table = indices["block_table"][b] if cache.kind == "paged" else None
     return _Place(outer, first, table, cache.block_size)
 
 
 def _key_length(problem: Problem, indices: dict[str, np.ndarray], b: int) -> int:
     """How many keys sequence b has, the skipped ones on its left not counted."""
-    if "seqused_k" in indices:
-        length = int(indices["seqused_k"][b]) + problem.seqlen_new
+    used = _used(indices)
+    if used is not None:
+        length = int(used[b]) + problem.seqlen_new
     elif "cu_seqlens_k" in indices:
         length = int(indices["cu_seqlens_k"][b + 1]) - int(indices["cu_seqlens_k"][b])
     else:
@@ -151,16 +180,26 @@ def _sequences(
     v = _by_row(operands.v, problem.cache, problem.cache.v_strides, heads, head_dim)
     slopes = host_array(operands.alibi_slopes).astype(dtype) if problem.alibi else None
     sinks = host_array(operands.sinks).astype(dtype) if problem.sinks else None
+    k_numbers = v_numbers = None
+    if problem.kv_dtype != problem.dtype:
+        k_numbers = _fp8_numbers(problem.kv_dtype, dtype) * _scales(problem.k_scale, operands.k_scale, dtype)
+        v_numbers = _fp8_numbers(problem.kv_dtype, dtype) * _scales(problem.v_scale, operands.v_scale, dtype)
+    rotation = _rotation(problem.rotary, operands)
     for b in range(problem.batch):
         own = slice(*indices["cu_seqlens_q"][b : b + 2]) if problem.packed_q else b
         own_lse = None
         if lse is not None:
             own_lse = lse[:, own] if problem.packed_q else lse[b]
+        place = _place(problem.cache, indices, b)
+        if "cache_leftpad" in indices:
+            place.first += int(indices["cache_leftpad"][b])
         yield _Sequence(
-            q=q[own],
+            q=q[own] if rotation is None else _rotated_queries(q[own], rotation, int(_used(indices)[b]), dtype),
             k=k,
             v=v,
-            place=_place(problem.cache, indices, b),
+            k_numbers=k_numbers,
+            v_numbers=v_numbers,
+            place=place,
             seqlen_k=_key_length(problem, indices, b),
             slopes=slopes[b] if problem.alibi == "batch_heads" else slopes,
             sinks=sinks,
@@ -187,10 +226,10 @@ def _attend_block(problem: Problem, sequence: _Sequence, start: int, stop: int) 
     for lo in range(first, last, KEYS):
         hi = min(lo + KEYS, last)
         rows = sequence.place.rows(lo, hi)
-        scores = q @ _widen(sequence.k[rows], sequence.dtype).transpose(1, 2, 0)
+        scores = q @ _read(sequence.k[rows], sequence.k_numbers, sequence.dtype).transpose(1, 2, 0)
         distance = np.arange(start + offset, stop + offset)[:, None] - np.arange(lo, hi)
         _shape_scores(problem, sequence, scores, distance)
-        state.add(scores, _widen(sequence.v[rows], sequence.dtype).transpose(1, 0, 2))
+        state.add(scores, _read(sequence.v[rows], sequence.v_numbers, sequence.dtype).transpose(1, 0, 2))
     out, lse = state.result(None if sequence.sinks is None else _per_row(sequence.sinks, problem, stop - start))
     sequence.out[start:stop] = out.reshape(problem.num_heads, stop - start, problem.head_dim).transpose(1, 0, 2)
     if sequence.lse is not None:
@@ -288,7 +327,7 @@ def _finite_or_zero(peak: np.ndarray) -> np.ndarray:
 
 
 def _widen(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A block in the precision of the arithmetic. A table is 2.5 times as fast as NumPy's own float16 -> float32."""
+    """A block in the precision of the arithmetic. NumPy's own float16 -> float32 is slower than a table."""
     if block.dtype == np.float16 and dtype == np.float32:
         return _float16_table().take(block.view(np.uint16))
     return block.astype(dtype, copy=False)
@@ -297,3 +336,68 @@ def _widen(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
 @cache
 def _float16_table() -> np.ndarray:
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@dataclass(slots=True)
+class RotaryTables:
+    """A rotation and its tables (positions, dim / 2), as they came."""
+
+    rotary: Rotary
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+def _rotation(rotary: Rotary | None, operands: Operands | AppendOperands) -> RotaryTables | None:
+    if rotary is None:
+        return None
+    return RotaryTables(rotary, host_array(operands.rotary_cos), host_array(operands.rotary_sin))
+
+
+def _rotated_queries(q: np.ndarray, rotation: RotaryTables, start: int, dtype: np.dtype) -> np.ndarray:
+    """The queries of a sequence of `start` tokens, rounded to their own dtype again unless dtype is float64."""
+    positions = np.arange(start, start + len(q)) if rotation.rotary.per_query else np.full(len(q), start)
+    rotated = rotate(q, rotation, positions, dtype)
+    return rotated if dtype == np.float64 else rotated.astype(q.dtype)
+
+
+def rotate(rows: np.ndarray, rotation: RotaryTables, positions: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """rows (n, heads, head_dim) in dtype, their first elements rotated in pairs, row i as at positions[i]."""
+    dim = rotation.rotary.dim
+    if rotation.rotary.interleaved:
+        first, second = slice(0, dim, 2), slice(1, dim, 2)
+    else:
+        first, second = slice(0, dim // 2), slice(dim // 2, dim)
+    cos, sin = (_widen(table[positions], dtype)[:, None] for table in (rotation.cos, rotation.sin))
+    out = np.array(_widen(rows, dtype))
+    a, b = out[..., first].copy(), out[..., second].copy()
+    out[..., first] = a * cos - b * sin
+    out[..., second] = a * sin + b * cos
+    return out
+
+
+def _scales(number: float, array: View | None, dtype: np.dtype) -> np.ndarray:
+    """A cache's scale: (1, 1), or (kv_heads, 1) for one each."""
+    scales = np.array([number]) if array is None else host_array(array).reshape(-1)
+    return scales.astype(dtype)[:, None]
+
+
+def _to_fp8(values: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """The bytes of values rounded to nearest even; what is too large becomes the largest number, NaN stays NaN."""
+    target = numpy_dtype(kv_dtype)
+    largest = values.dtype.type(ml_dtypes.finfo(target).max)
+    return np.clip(values, -largest, largest).astype(target).view(np.uint8)
+
+
+@cache
+def _fp8_numbers(kv_dtype: str, dtype: np.dtype) -> np.ndarray:
+    """What the 256 bytes of an FP8 format stand for."""
+    return np.arange(256, dtype=np.uint8).view(numpy_dtype(kv_dtype)).astype(dtype)
+
+
+def _read(block: np.ndarray, numbers: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """Rows (n, kv_heads, head_dim) of a cache in the precision of the arithmetic; `numbers` (1 or kv_heads, 256)."""
+    if numbers is None:
+        return _widen(block, dtype)
+    if len(numbers) == 1:
+        return numbers[0].take(block)
+    return numbers[np.arange(len(numbers))[:, None], block]

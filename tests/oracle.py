@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ml_dtypes  # noqa: F401 (np.dtype("bfloat16") works from here on)
+import ml_dtypes
 import numpy as np
 
 FLOAT32 = 2.0**-24  # unit roundoff: half the distance from 1 to the next number
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": FLOAT32, "float64": 2.0**-53}
 TINIEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 0.0}
+FP8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+FP8_NAN = 0x7F  # in both formats
+
+Caches = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Expected:
     loss: np.ndarray  # as out: sum of |v| over the keys seen, divided by the sum of exp(score - largest score)
     size: np.ndarray  # as lse: the largest sum of magnitudes that one score of the row was added up from
     keys: np.ndarray  # as lse: how many keys the row sees
+    drift: np.ndarray  # as lse: what a score may be off by because its query was rounded, beyond what is exact here
+    half_weights: bool = False  # weights may be taken in float16 whatever the dtype, as beside an FP8 cache
 
     def bounds(self, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """The largest errors that honest arithmetic can make: for out and for lse, element by element.
@@ -50,15 +56,21 @@ class Expected:
         lse takes the error of 1, and e (8 + 2 sqrt n) for the sum, and 4 e |lse| for the logarithm's last steps. As
         it is float32 whatever dtype is, it tells n keys from n + 1 also where the rounding of out hides one key.
         A row that sees no key must be exactly zeros and -inf.
+
+        A rotated query is rounded to dtype, here as everywhere. Only where the exact number is within float32's error
+        of the middle between two may the other of them be right too: D gets scale * sum |q's two - one| |k|. Beside an
+        FP8 cache nothing is added for keys and values: what they stand for is a stored number of 3 or 2 bits, exact in
+        float16, times a float32 scale, which costs less than the 8 e in 1 and 4. But products are then of float16: a
+        bfloat16 query loses what lies below 2**-25 of its largest element, and weights lose what they do in 3.
         """
         u, tiniest = UNIT_ROUNDOFF[dtype], TINIEST[dtype]
         rounding = UNIT_ROUNDOFF[dtype] if dtype in ("float16", "bfloat16") else 0.0
         summing = FLOAT32 * (8 + 2 * np.sqrt(self.keys))
-        score = FLOAT32 * ((8 + 2 * np.sqrt(self.out.shape[-1])) * self.size + 8)
+        score = FLOAT32 * ((8 + 2 * np.sqrt(self.out.shape[-1])) * self.size + 8) + self.drift
         with np.errstate(invalid="ignore", over="ignore"):
             relative = _beside(rounding + np.expm1(2 * score) + summing, self.out.ndim)
             out = u * np.abs(self.out) + relative * self.weight + tiniest / 2
-            out += 2.0**-25 * self.loss if dtype == "float16" else 0.0
+            out += 2.0**-25 * self.loss if dtype == "float16" or self.half_weights else 0.0
             lse = score + summing + 4 * FLOAT32 * np.abs(self.lse)
         blind = self.keys == 0
         out[_beside(blind, self.out.ndim)[..., 0]] = 0
@@ -123,14 +135,43 @@ def attention_with_kvcache(
     cache_leftpad: np.ndarray | None = None,
     block_table: np.ndarray | None = None,
     layout: str = "NHD",
+    rotary_cos: np.ndarray | None = None,
+    rotary_sin: np.ndarray | None = None,
+    rotary_interleaved: bool = True,
+    kv_dtype: str | None = None,
+    k_scale: np.ndarray | float = 1.0,
+    v_scale: np.ndarray | float = 1.0,
+    num_splits: int = 0,
+    stored: tuple[np.ndarray, np.ndarray] | None = None,
     **masks: object,
 ) -> Expected:
-    """q (batch, seqlen_q, heads, head_dim) over dense or paged caches; k and v are appended to copies first."""
+    """q (batch, seqlen_q, heads, head_dim) over dense or paged caches; k and v are appended to copies first.
+
+    An FP8 cache is its bytes, and kv_dtype is given. stored: the caches as the call under test left them, where new
+    rows that were rotated or rounded to FP8 are among `append_range`; by default they are as `append_kv` rounds them.
+    """
     result = _blank(q.shape, packed=False)
     batch = len(q)
     places = {"cache_batch_idx": cache_batch_idx, "block_table": block_table, "layout": layout}
-    if k is not None:
-        k_cache, v_cache = append_kv(k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **places)
+    if k is not None and stored is None:
+        rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+        fp8 = {"kv_dtype": kv_dtype, "k_scale": k_scale, "v_scale": v_scale}
+        stored = append_kv(k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **places, **rotary, **fp8)
+    if stored is not None:
+        k_cache, v_cache = stored
+    error = np.zeros(q.shape)
+    if kv_dtype is not None:
+        k_cache, v_cache = _from_fp8(k_cache, kv_dtype), _from_fp8(v_cache, kv_dtype)
+        result.half_weights = True
+        if q.dtype.name == "bfloat16":
+            error += 2.0**-25 * np.abs(q.astype(np.float64)).max(axis=-1, keepdims=True)
+    if rotary_cos is not None:
+        along = masks.get("causal") or masks.get("window") not in (None, (-1, -1))
+        first = np.broadcast_to(cache_seqlens, (batch,))[:, None]
+        positions = first + (np.arange(q.shape[1]) if along else np.zeros(q.shape[1], int))
+        ranges = [_rotated(q[b], rotary_cos, rotary_sin, positions[b], rotary_interleaved) for b in range(batch)]
+        low, q, high = (np.array(numbers).astype(np.float64) for numbers in zip(*ranges, strict=True))
+        error += high - low
     for b in range(batch):
         if cache_seqlens is not None:
             length = int(np.broadcast_to(cache_seqlens, (batch,))[b]) + (0 if k is None else k.shape[1])
@@ -144,11 +185,44 @@ def attention_with_kvcache(
             keys, values = k_cache[entry, :length], v_cache[entry, :length]
         else:
             keys, values = (_from_blocks(cache, block_table[b], length, layout) for cache in (k_cache, v_cache))
-        _one_sequence(result, b, q[b], keys[skipped:], values[skipped:], b, **masks)
+        keys, values = keys[skipped:], values[skipped:]
+        if kv_dtype is not None:
+            keys, values = keys * _per_head(k_scale), values * _per_head(v_scale)
+        _one_sequence(result, b, q[b], keys, values, b, error[b], **masks)
     return result
 
 
-def append_kv(
+def append_kv(k_cache: np.ndarray, v_cache: np.ndarray, *new: np.ndarray, **options: object) -> Caches:
+    """Copies of the caches with the new rows written: rotated exactly, then rounded once to each format on the way."""
+    return tuple(nearest for _, nearest, _ in _append(k_cache, v_cache, *new, **options))
+
+
+def append_range(
+    k_cache: np.ndarray, v_cache: np.ndarray, *new: np.ndarray, **options: object
+) -> tuple[Caches, Caches]:
+    """The caches with the least and with the largest numbers that honest float32 arithmetic can leave in them."""
+    (k_low, _, k_high), (v_low, _, v_high) = _append(k_cache, v_cache, *new, **options)
+    return (k_low, v_low), (k_high, v_high)
+
+
+def check_caches(got: Caches, low: Caches, high: Caches, kv_dtype: str | None = None) -> None:
+    """AssertionError unless every number lies in its range; where that is one number, its bits must be right."""
+    for name, *caches in zip(("k_cache", "v_cache"), got, low, high, strict=True):
+        bits = [np.ascontiguousarray(cache).view(f"u{cache.itemsize}") for cache in caches]
+        numbers = [cache.astype(np.float64) if kv_dtype is None else _from_fp8(cache, kv_dtype) for cache in caches]
+        with np.errstate(invalid="ignore"):
+            within = (numbers[1] <= numbers[0]) & (numbers[0] <= numbers[2])
+        wrong = np.where(bits[1] == bits[2], bits[0] != bits[1], ~within)
+        if wrong.any():
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            got_at, low_at, high_at = (array[at] for array in numbers)
+            raise AssertionError(
+                f"{name}: {wrong.sum()} of {wrong.size} numbers are wrong; the first at {at}: got {got_at:.9g}, "
+                f"expected {low_at:.9g} to {high_at:.9g}"
+            )
+
+
+def _append(
     k_cache: np.ndarray,
     v_cache: np.ndarray,
     k: np.ndarray,
@@ -159,23 +233,88 @@ def append_kv(
     cache_batch_idx: np.ndarray | None = None,
     block_table: np.ndarray | None = None,
     layout: str = "NHD",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of the caches with the new rows written, one row after the other."""
-    caches = k_cache.copy(), v_cache.copy()
+    rotary_cos: np.ndarray | None = None,
+    rotary_sin: np.ndarray | None = None,
+    rotary_interleaved: bool = True,
+    kv_dtype: str | None = None,
+    k_scale: np.ndarray | float = 1.0,
+    v_scale: np.ndarray | float = 1.0,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For keys and for values: copies of the cache with the least, the nearest and the largest numbers, row by row."""
     batch = len(k) if cu_seqlens_new is None else len(cu_seqlens_new) - 1
     starts = np.broadcast_to(0 if cache_seqlens is None else cache_seqlens, (batch,))
-    for cache, new in zip(caches, (k, v), strict=True):
+    results = []
+    for cache, new, scale, cos in ((k_cache, k, k_scale, rotary_cos), (v_cache, v, v_scale, None)):
+        copies = cache.copy(), cache.copy(), cache.copy()
         for b in range(batch):
             rows = new[b] if cu_seqlens_new is None else new[cu_seqlens_new[b] : cu_seqlens_new[b + 1]]
-            for i, row in enumerate(rows):
-                at = int(starts[b]) + i
-                if block_table is None:
-                    cache[b if cache_batch_idx is None else cache_batch_idx[b], at] = row
-                elif layout == "NHD":
-                    cache[block_table[b, at // cache.shape[1]], at % cache.shape[1]] = row
-                else:
-                    cache[block_table[b, at // cache.shape[2]], :, at % cache.shape[2]] = row
-    return caches
+            ranges = rows, rows, rows
+            if cos is not None:
+                ranges = _rotated(rows, cos, rotary_sin, starts[b] + np.arange(len(rows)), rotary_interleaved)
+            if kv_dtype is not None:
+                ranges = _to_fp8_range(*ranges, scale, kv_dtype)
+            for copy, written in zip(copies, ranges, strict=True):
+                for i, row in enumerate(written):
+                    at = int(starts[b]) + i
+                    if block_table is None:
+                        copy[b if cache_batch_idx is None else cache_batch_idx[b], at] = row
+                    elif layout == "NHD":
+                        copy[block_table[b, at // copy.shape[1]], at % copy.shape[1]] = row
+                    else:
+                        copy[block_table[b, at // copy.shape[2]], :, at % copy.shape[2]] = row
+        results.append(copies)
+    return results
+
+
+def _rotated(
+    rows: np.ndarray, cos: np.ndarray, sin: np.ndarray, positions: np.ndarray, interleaved: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """rows (n, heads, head_dim) turned as at positions (n,): the least, the nearest and the largest of rows' dtype.
+
+    The two outer ones are the nearest to the exact numbers less and more what two products and a sum in float32 may be
+    off by, so that they are one number unless the exact one is as close as that to the middle between two.
+    """
+    exact, error = rows.astype(np.float64), np.zeros(rows.shape)
+    half = cos.shape[1]
+    for i in range(half):
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, half + i)
+        a, b = rows[..., first].astype(np.float64), rows[..., second].astype(np.float64)
+        c, s = (table[positions, i].astype(np.float64)[:, None] for table in (cos, sin))
+        exact[..., first], exact[..., second] = a * c - b * s, a * s + b * c
+        error[..., first] = 3 * FLOAT32 * (abs(a * c) + abs(b * s))
+        error[..., second] = 3 * FLOAT32 * (abs(a * s) + abs(b * c))
+    return tuple((exact + sign * error).astype(rows.dtype) for sign in (-1, 0, 1))
+
+
+def to_fp8(numbers: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """The bytes of the nearest numbers of an FP8 format, of even ones where two are as near, of its largest at most."""
+    held = np.arange(128, dtype=np.uint8).view(FP8[kv_dtype]).astype(np.float64)
+    held = held[np.isfinite(held)]  # ascending, as the bytes are
+    size = np.abs(numbers.astype(np.float64))
+    above = np.clip(np.searchsorted(held, size), 1, len(held) - 1)
+    to_above, to_below = held[above] - size, size - held[above - 1]
+    nearest = np.where((to_above < to_below) | ((to_above == to_below) & (above % 2 == 0)), above, above - 1)
+    signed = nearest.astype(np.uint8) | np.where(np.signbit(numbers), 0x80, 0).astype(np.uint8)
+    return np.where(np.isnan(numbers), np.uint8(FP8_NAN), signed)
+
+
+def _to_fp8_range(
+    low: np.ndarray, nearest: np.ndarray, high: np.ndarray, scale: np.ndarray | float, kv_dtype: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (n, heads, head_dim) as the bytes of what they are divided by scale; the quotient may be off in float32."""
+    low, nearest, high = (rows.astype(np.float64) / _per_head(scale) for rows in (low, nearest, high))
+    error = 4 * FLOAT32
+    low, high = low - error * np.abs(low), high + error * np.abs(high)
+    return tuple(to_fp8(rows, kv_dtype) for rows in (low, nearest, high))
+
+
+def _from_fp8(stored: np.ndarray, kv_dtype: str) -> np.ndarray:
+    return stored.view(FP8[kv_dtype]).astype(np.float64)
+
+
+def _per_head(scale: np.ndarray | float) -> np.ndarray:
+    """A scale to multiply (…, kv_heads, head_dim) with."""
+    return np.asarray(scale, np.float64).reshape(-1, 1)
 
 
 def _one_sequence(
@@ -185,6 +324,7 @@ def _one_sequence(
     k: np.ndarray,
     v: np.ndarray,
     b: int,
+    q_error: np.ndarray | None = None,
     *,
     causal: bool = False,
     window: tuple[int, int] | None = None,
@@ -193,7 +333,10 @@ def _one_sequence(
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
 ) -> None:
-    """Fill in the rows of one sequence: q (seqlen_q, heads, head_dim), k and v (seqlen_k, kv_heads, head_dim)."""
+    """Fill in the rows of one sequence: q (seqlen_q, heads, head_dim), k and v (seqlen_k, kv_heads, head_dim).
+
+    q_error, as q and only for a dense batch: what q may be off by.
+    """
     q, k, v = (array.astype(np.float64) for array in (q, k, v))
     scale = 1 / np.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     group = q.shape[1] // k.shape[1]
@@ -213,6 +356,9 @@ def _one_sequence(
         with np.errstate(invalid="ignore", over="ignore"):
             scores = scale * (q[:, head] @ k[:, head // group].T)
             size = abs(scale) * (np.abs(q[:, head]) @ np.abs(k[:, head // group]).T)
+            if q_error is not None:
+                drift = abs(scale) * (q_error[:, head] @ np.abs(k[:, head // group]).T)
+                result.drift[place, head] = np.where(seen & np.isfinite(drift), drift, 0).max(axis=1, initial=0)
             if softcap:
                 scores = softcap * np.tanh(scores / softcap)
             scores = scores - slope * np.abs(distance)
@@ -260,7 +406,8 @@ def _blank(shape: Sequence[int], packed: bool) -> Expected:
     """Results of rows that see no key."""
     rows = (shape[1], shape[0]) if packed else (shape[0], shape[2], shape[1])
     out = (np.zeros(shape) for _ in range(3))
-    return Expected(next(out), np.full(rows, -np.inf), next(out), next(out), np.zeros(rows), np.zeros(rows, dtype=int))
+    per_row = np.zeros(rows), np.zeros(rows, dtype=int), np.zeros(rows)
+    return Expected(next(out), np.full(rows, -np.inf), next(out), next(out), *per_row)
 
 
 def _from_blocks(cache: np.ndarray, blocks: np.ndarray, length: int, layout: str) -> np.ndarray:
@@ -303,6 +450,11 @@ def _compare(name: str, got: np.ndarray, expected: np.ndarray, bound: np.ndarray
 JUNK_BLOCK = 2**31 - 1  # stands in a block table wherever no block is needed
 
 
+def _junk(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """NaN everywhere; uint8 is for the bytes of FP8."""
+    return np.full(shape, FP8_NAN if dtype == np.uint8 else np.nan, dtype)
+
+
 def normal(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.ndarray:
     """Standard normal numbers, rounded to dtype."""
     return rng.standard_normal(tuple(shape)).astype(np.dtype(dtype))
@@ -316,7 +468,7 @@ def cumulative(lengths: Sequence[int]) -> np.ndarray:
 def dense_cache(sequences: Sequence[np.ndarray], rows: int, entries: Sequence[int] | None = None) -> np.ndarray:
     """(max(entries) + 1, rows, kv_heads, head_dim) holding the sequences in these entries, NaN elsewhere."""
     entries = range(len(sequences)) if entries is None else entries
-    cache = np.full((max(entries, default=-1) + 1, rows, *sequences[0].shape[1:]), np.nan, sequences[0].dtype)
+    cache = _junk((max(entries, default=-1) + 1, rows, *sequences[0].shape[1:]), sequences[0].dtype)
     for entry, sequence in zip(entries, sequences, strict=True):
         cache[entry, : len(sequence)] = sequence
     return cache
@@ -333,7 +485,7 @@ def paged_cache(
     needed = [-(-max(len(keys), capacity) // block_size) for keys, _ in pairs]
     blocks = rng.permutation(sum(needed) + 2)
     heads_and_dim = pairs[0][0].shape[1:]
-    cache = np.full((len(blocks), 2, block_size, *heads_and_dim), np.nan, pairs[0][0].dtype)
+    cache = _junk((len(blocks), 2, block_size, *heads_and_dim), pairs[0][0].dtype)
     table = np.full((len(pairs), max(needed) + 1), JUNK_BLOCK, np.int32)
     taken = 0
     for b, pair in enumerate(pairs):

@@ -16,6 +16,7 @@ def make_problem(head_dim: int, kind: str = "dense", **changes) -> Problem:
     )
     problem = Problem(
         dtype="float16",
+        kv_dtype="float16",
         batch=64,
         num_heads=32,
         num_kv_heads=8,
@@ -40,5 +41,12 @@ def make_problem(head_dim: int, kind: str = "dense", **changes) -> Problem:
         leftpad=False,
         alignment=16,
         out_alignment=16,
+        k_scale=1.0,
+        k_scales="",
+        v_scale=1.0,
+        v_scales="",
+        num_splits=0,
+        rotary=None,
+        append=None,
     )
     return dataclasses.replace(problem, **changes)

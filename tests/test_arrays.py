@@ -15,13 +15,19 @@ import numpy as np
 import pytest
 
 from cupyattn import arrays
-from cupyattn.arrays import View, deliver, device_name, empty, fill, full, host_array, overlap, view
+from cupyattn.arrays import View, deliver, device_name, empty, fill, host_array, overlap, view
 
 FLOATS = ("float16", "bfloat16", "float32")
 
 
 def bf16(*shape):
     return np.arange(np.prod(shape)).reshape(shape).astype(ml_dtypes.bfloat16)
+
+
+def full(like, shape, value, dtype):
+    made = empty(like, shape, dtype)
+    fill(made, value)
+    return made
 
 
 class Foreign:
@@ -57,6 +63,30 @@ def test_numpy_arrays_are_seen_as_they_lie_in_memory(dtype):
     found = view(array)
     assert found == View(array, array.ctypes.data, (2, 3, 4), (12, 4, 1), dtype, -1, "numpy", False)
     assert found.array is array and found.base is None
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_arrays_are_seen_in_their_own_dtype(name, library):
+    bits = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    array = bits.view(np.dtype(name))
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        array = torch.from_numpy(bits).view(getattr(torch, name))
+    elif library == "jax":
+        array = pytest.importorskip("jax.numpy").asarray(array)
+    found = view(array[:, 1:])
+    assert (found.shape, found.dtype, found.library) == ((2, 2, 4), name, library)
+    host = host_array(found)
+    assert host.dtype == np.dtype(name) and (host.view(np.uint8) == bits[:, 1:]).all()
+
+
+def test_fp8_that_dlpack_does_not_carry_says_what_to_pass():
+    array = np.zeros(3, ml_dtypes.float8_e5m2)
+    foreign = Foreign(array)
+    foreign.dtype = "float8_e5m2"
+    with pytest.raises(TypeError, match="^k: got a Foreign that NumPy cannot import .*, expected its bytes as uint8"):
+        view(foreign, "k")
 
 
 def test_strides_count_elements_and_nothing_is_copied():

@@ -123,11 +123,11 @@ def test_strided_views_are_used_where_they_lie(rng, library, monkeypatch):
 
     forward = cupyattn.reference.forward
     monkeypatch.setattr(cupyattn.reference, "forward", lambda p, o, **kw: seen.append(o) or forward(p, o, **kw))
-    module._held.clear()
+    module.remembered.clear()
     out = attention(q, k, v)
     close(out, plain(qkv[:, ::2, 0], qkv[:, :, 1], qkv[:, :, 2]))
     assert [found.pointer - qkv.ctypes.data for found in (seen[0].q, seen[0].k, seen[0].v)] == [0, 256, 512]
-    module._held.clear()
+    module.remembered.clear()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -699,9 +699,9 @@ def device(monkeypatch):
     monkeypatch.setattr(cupyattn.kernels.launch, "prepare", made.prepare)
     monkeypatch.setattr(cupyattn.kernels.launch, "prepare_append", made.prepare_append)
     monkeypatch.delenv(module.CHECK_VARIABLE, raising=False)
-    module._held.clear()
+    module.remembered.clear()
     yield made
-    module._held.clear()
+    module.remembered.clear()
     arrays._in_flight.clear()
 
 
@@ -745,6 +745,24 @@ def test_what_is_prepared_depends_on_the_form_of_a_call_and_not_on_its_addresses
         lambda: attention_with_kvcache(q, k, v, cache_seqlens=at_address(64, (2,), "int32")),
         lambda: attention_with_kvcache(q, k, v, cache_leftpad=at_address(64, (2,), "int32")),
     ]
+    row, scales = at_address(0x700000, (2, 1, 4, 64)), at_address(64, (4,), "float32")
+    fp8 = [at_address(at, (2, 5, 4, 64), "uint8") for at in (0x200000, 0x300000)]
+    scaled = {"kv_dtype": "e4m3", "k_scale": 1.0, "v_scale": 1.0}
+    new = {"k": row, "v": row, "cache_seqlens": 2}
+    table = at_address(64, (9, 32))
+    forms += [
+        lambda: attention_with_kvcache(q, k, v, cache_seqlens=4, causal=True),
+        lambda: attention_with_kvcache(q, k, v, num_splits=3),
+        lambda: attention_with_kvcache(q, k, v, **new),
+        lambda: attention_with_kvcache(q, k, v, **new | {"k": at_address(0x700008, (2, 1, 4, 64))}),
+        lambda: attention_with_kvcache(q, k, v, **new, rotary_cos=table, rotary_sin=table),
+        lambda: attention_with_kvcache(q, k, v, **new, rotary_cos=table, rotary_sin=table, rotary_interleaved=False),
+        lambda: attention_with_kvcache(q, *fp8, **scaled),
+        lambda: attention_with_kvcache(q, *fp8, **scaled | {"k_scale": 2.0}),
+        lambda: attention_with_kvcache(q, *fp8, **scaled | {"k_scale": scales}),
+        lambda: attention_with_kvcache(q, *fp8, **scaled | {"v_scale": scales}),
+        lambda: attention_with_kvcache(q, *fp8, **scaled | {"kv_dtype": "e5m2"}),
+    ]
     for number, form in enumerate(forms, start=2):
         form()
         form()
@@ -763,7 +781,7 @@ def test_the_number_of_forms_remembered_is_bounded(device, monkeypatch):
     monkeypatch.setattr(module, "_HELD", 3)
     for scale in (1.0, 2.0, 3.0, 4.0, 4.0, 1.0):
         attention(*qkv(), softmax_scale=scale)
-    assert len(module._held) == 3 and len(device.prepared) == 5
+    assert len(module.remembered) == 3 and len(device.prepared) == 5
 
 
 def test_work_runs_on_the_current_stream_of_the_arrays_device(device):
@@ -824,7 +842,7 @@ def test_foreign_arrays_are_kept_until_the_work_is_done(device):
     assert arrays._in_flight[0][1] == [(foreign, foreign.imported)]
 
 
-def test_an_append_and_its_attention_share_stream_and_lengths(device):
+def test_an_append_and_its_attention_are_one_call(device):
     device.streams = {0: 5}
     q = at_address(0x100000, (2, 1, 8, 64))
     k, v = (at_address(at, (2, 1, 4, 64)) for at in (0x200000, 0x300000))
@@ -832,27 +850,31 @@ def test_an_append_and_its_attention_share_stream_and_lengths(device):
     options = {"block_table": at_address(0x110000, (2, 3), "int32"), "cache_seqlens": at_address(64, (2,), "int32")}
     for _ in range(2):
         attention_with_kvcache(q, *blocks, k=k, v=v, **options)
-    assert device.log == ["append", "forward"] * 2 and len(device.prepared) == 2
-    (_, appended, stream, _), (_, attended, same_stream, _) = device.launches[:2]
-    assert stream == same_stream == 5
-    assert appended.cache_seqlens.pointer == attended.seqused_k.pointer == 64
-    assert (appended.k_cache.pointer, appended.v.pointer) == (0x400000, 0x300000)
-    assert device.prepared[0][0].seqlen_new == 1 and device.prepared[0][0].seqused_k
+    ((problem, where, kernel),) = device.prepared
+    assert device.log == ["forward"] * 2 and (where, kernel) == (0, "auto")
+    assert problem.seqlen_new == problem.append.seqlen_new == 1 and problem.seqused_k
+    (_, operands, stream, _) = device.launches[0]
+    assert stream == 5
+    assert (operands.k.pointer, operands.k_new.pointer, operands.v_new.pointer) == (0x400000, 0x200000, 0x300000)
+    alone = operands.appending()
+    assert (alone.k_cache.pointer, alone.v.pointer, alone.cache_seqlens.pointer) == (0x400000, 0x300000, 64)
+    assert alone.block_table is operands.block_table
 
 
-def test_an_int_length_becomes_an_array_only_after_all_is_checked(device, monkeypatch):
-    made = []
-    monkeypatch.setattr(module, "full", lambda *a: made.append(a) or arrays.empty(a[0], a[1], a[3]))
+def test_an_int_length_goes_by_value(device):
     q, k, v = qkv()
     with refused("cache_seqlens", "6 tokens", "at most the 5"):
         attention_with_kvcache(q, k, v, cache_seqlens=6)
     with refused("k", "batch 1", "q's batch 2"):
         attention_with_kvcache(q, k, v, k=k[:1], v=v[:1], cache_seqlens=1)
-    assert not made and not device.launches
-    attention_with_kvcache(q, k, v, cache_seqlens=5)
-    ((like, shape, value, dtype),) = made
-    assert (like.pointer, shape, value, dtype) == (0x100000, (2,), 5, "int32")
-    assert device.launches[0][1].seqused_k.pointer == 0xE0000000
+    assert not device.launches
+    for length in (5, np.int64(4), 0):
+        attention_with_kvcache(q, k, v, cache_seqlens=length)
+        operands = device.launches[-1][1]
+        assert (operands.uniform_length, type(operands.uniform_length), operands.seqused_k) == (length, int, None)
+    assert len(device.prepared) == 1 and device.prepared[0][0].seqused_k, "whatever the length"
+    append_kv(k, v, q[:, :1], q[:, 1:2], cache_seqlens=3)
+    assert device.launches[-1][1].uniform_length == 3 and device.launches[-1][1].cache_seqlens is None
 
 
 @pytest.mark.parametrize(
@@ -877,7 +899,6 @@ def test_indices_on_a_device_are_read_only_if_asked_for(device, monkeypatch, che
 def test_an_int_length_is_checked_without_reading_the_device(device, monkeypatch):
     q, k, v = qkv()
     monkeypatch.setattr(module, "host_array", lambda found: pytest.fail("read"))
-    monkeypatch.setattr(module, "full", lambda like, shape, value, dtype: arrays.empty(like, shape, dtype))
     attention_with_kvcache(q, k, v, cache_seqlens=5, check=True)
     assert len(device.launches) == 1
     with refused("cache_seqlens", "-1", "a length of at least 0"):
@@ -895,11 +916,46 @@ def test_refusals_come_before_any_launch(device):
         attention(q, k, v, sinks=np.zeros(4, np.float32))
     with refused("v", "float32", "float16", TypeError):
         attention(q, k, at_address(0x500000, (2, 5, 4, 64), "float32"))
-    with refused("kernel", "'numpy'", "auto, forward_sm80, forward_simt for arrays on cuda:0"):
+    with refused("kernel", "'numpy'", "auto, decode, forward_sm80, forward_simt for arrays on cuda:0"):
         attention(q, k, v, kernel="numpy")
     with refused("out", "meets v's", "memory of its own"):
         attention(q, k, v, out=v)
     assert not device.launches and not device.prepared[1:]
+
+
+def test_an_append_is_prepared_once_for_each_form(device):
+    _, k, v = qkv()
+    fp8 = [at_address(at, (2, 5, 4, 64), "uint8") for at in (0x200000, 0x300000)]
+    row, table, scales = at_address(0x700000, (2, 1, 4, 64)), at_address(64, (9, 32)), at_address(64, (4,), "float32")
+    scaled = {"kv_dtype": "e4m3", "k_scale": 1.0, "v_scale": 1.0}
+    forms = [
+        lambda: append_kv(k, v, row, row),
+        lambda: append_kv(k, v, row, row, cache_seqlens=2),
+        lambda: append_kv(k, v, row, row, cache_seqlens=at_address(64, (2,), "int32")),
+        lambda: append_kv(k, v, row, row, rotary_cos=table, rotary_sin=table),
+        lambda: append_kv(k, v, row, row, rotary_cos=table, rotary_sin=table, rotary_interleaved=False),
+        lambda: append_kv(*fp8, row, row, **scaled),
+        lambda: append_kv(*fp8, row, row, **scaled | {"v_scale": 2.0}),
+        lambda: append_kv(*fp8, row, row, **scaled | {"v_scale": scales}),
+        lambda: append_kv(*fp8, row, row, **scaled | {"kv_dtype": "e5m2"}),
+    ]
+    for number, form in enumerate(forms, start=1):
+        form()
+        form()
+        assert len(device.prepared) == number, number
+    assert device.log == ["append"] * 2 * len(forms)
+    assert device.launches[-4][1].v_scale.pointer == 64 and device.launches[-1][1].v_scale is None
+
+
+def test_new_rows_without_a_query_are_appended_all_the_same(device):
+    q, k, v = qkv()
+    row = at_address(0x700000, (2, 1, 4, 64))
+    attention_with_kvcache(q[:, :0], k, v, k=row, v=row, cache_seqlens=at_address(64, (2,), "int32"))
+    assert device.log == ["append"] and device.prepared[0][0].seqlen_new == 1
+    operands = device.launches[0][1]
+    assert (operands.k_cache.pointer, operands.k.pointer, operands.cache_seqlens.pointer) == (0x110000, 0x700000, 64)
+    attention_with_kvcache(q[:, :0], k, v, k=row[:, :0], v=row[:, :0], cache_seqlens=0)
+    assert device.log == ["append"]
 
 
 def test_nothing_is_launched_where_there_is_nothing_to_do(device):
@@ -917,6 +973,21 @@ def test_the_host_does_little(device):
     arrays._cupy().ndarray = lambda shape, dtype: made
     best = min(_seconds(lambda: attention(q, k, v), 2000) for _ in range(10))
     assert best < 40e-6, f"{best * 1e6:.1f} µs"  # 8 on an idle core; a call that is prepared anew takes 100 and more
+
+
+def test_the_host_does_little_for_a_step(device):
+    """The same of a decoding step with everything: new rows, rotary, a block table, lengths and FP8 scales."""
+    q, row = at_address(0x100000, (2, 1, 8, 64)), at_address(0x200000, (2, 1, 4, 64))
+    blocks = [at_address(at, (9, 16, 4, 64), "uint8") for at in (0x400000, 0x800000)]
+    table, scale = at_address(64, (40, 32)), at_address(64, (4,), "float32")
+    options = {"block_table": at_address(64, (2, 3), "int32"), "cache_seqlens": at_address(64, (2,), "int32")}
+    options |= {"k": row, "v": row, "rotary_cos": table, "rotary_sin": table}
+    options |= {"kv_dtype": "e4m3", "k_scale": scale, "v_scale": scale}
+    made = attention_with_kvcache(q, *blocks, **options)
+    arrays._cupy().ndarray = lambda shape, dtype: made
+    best = min(_seconds(lambda: attention_with_kvcache(q, *blocks, **options), 1000) for _ in range(10))
+    assert best < 80e-6, f"{best * 1e6:.1f} µs"
+    assert len(device.prepared) == 1
 
 
 def _seconds(function, times):

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from problems import FULL, NO_STRIDES, make_problem
 
-from cupyattn.plan import DEVICES, STATIC_SHARED, plan, plan_append
-from cupyattn.problem import Append, Problem
+from cupyattn.plan import DEVICES, MERGE_CAPACITIES, STATIC_SHARED, Defines, plan, plan_append, plan_merge, plan_rotary
+from cupyattn.problem import Append, Problem, Rotary
+from cupyattn.rotary import Rotation
+from cupyattn.states import Merge
 
 pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
 from cupyattn.jit import compile  # noqa: E402
@@ -58,14 +60,84 @@ def test_chips_without_16_bit_matrices_take_the_float32_kernel():
     _compile(make_problem(64, dtype="bfloat16"), "75", "forward_simt")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_append_kernel(arch, packed):
-    cache = make_problem(128, "paged").cache
-    append = Append("bfloat16", 64, 8, 128, packed, 1024, 16, cache, NO_STRIDES, NO_STRIDES, False, 16)
-    compiled = compile.compile_cubin("append_kv", plan_append(append)[0], arch)
+HALVES, INTERLEAVED = (
+    Rotary(128, interleaved, 4096, dtype, True) for interleaved, dtype in ((0, "bfloat16"), (1, "float32"))
+)
+APPENDS = {
+    "dense": {"packed_new": False},
+    "packed": {"packed_new": True},
+    "halves": {"rotary": HALVES},
+    "interleaved": {"rotary": INTERLEAVED},
+    "e4m3": {"kv_dtype": "float8_e4m3fn", "k_scales": "heads"},
+    "e5m2": {"kv_dtype": "float8_e5m2", "rotary": HALVES},
+    "float16": {"dtype": "float16", "kv_dtype": "float8_e4m3fn", "rotary": INTERLEAVED},
+    "float32": {"dtype": "float32", "kv_dtype": "float32", "rotary": INTERLEAVED},
+}
+
+
+def make_append(head_dim: int = 128, **changes) -> Append:
+    append = Append(
+        dtype="bfloat16",
+        batch=64,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        packed_new=False,
+        total_new=1024,
+        seqlen_new=16,
+        cache=make_problem(head_dim, "paged").cache,
+        k_strides=NO_STRIDES,
+        v_strides=NO_STRIDES,
+        cache_batch_idx=False,
+        alignment=16,
+        kv_dtype="bfloat16",
+        k_scale=1.0,
+        k_scales="",
+        v_scale=1.0,
+        v_scales="",
+        rotary=None,
+    )
+    return dataclasses.replace(append, **changes)
+
+
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
+@pytest.mark.parametrize("family", APPENDS)
+def test_append_kernel(arch, family):
+    _compile_kernel("append_kv", plan_append(make_append(**APPENDS[family]))[0], arch)
+
+
+@pytest.mark.parametrize("alignment", [16, 4, 1])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(65, 64), (100, 30), (256, 256), (7, 2), (80, 32)])
+def test_append_kernel_widths(head_dim, rotary_dim, alignment):
+    rotary = Rotary(rotary_dim, True, 4096, "float32", True)
+    for changes in ({"rotary": rotary}, {"kv_dtype": "float8_e4m3fn", "rotary": rotary}, {"kv_dtype": "float8_e5m2"}):
+        append = make_append(head_dim, alignment=max(alignment, 1 if "kv_dtype" in changes else 2), **changes)
+        _compile_kernel("append_kv", plan_append(append)[0], "90a")
+
+
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
+@pytest.mark.parametrize("rotary", [HALVES, INTERLEAVED], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rotary_kernel(arch, dtype, rotary):
+    for packed in (False, True):
+        rotation = Rotation(dtype, 64, 1024, 16, 8, 128, packed, NO_STRIDES, NO_STRIDES, 16, rotary)
+        _compile_kernel("rotary", plan_rotary(rotation)[0], arch)
+
+
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("rounds", [(False, False), (False, True), (True, False)], ids=["one", "first", "last"])
+def test_merge_kernel(arch, dtype, rounds):
+    for states in MERGE_CAPACITIES:
+        merge = Merge(dtype, states, 64, 16, 8, 128, NO_STRIDES, NO_STRIDES, 16)
+        _compile_kernel("merge_states", plan_merge(merge, states, *rounds)[0], arch)
+
+
+def _compile_kernel(name: str, defines: Defines, arch: str) -> None:
+    if int(arch.rstrip("a")) not in compile.supported_archs():
+        pytest.skip(f"NVRTC for CUDA {compile.nvrtc_version()[0]} no longer compiles for sm_{arch}")
+    compiled = compile.compile_cubin(name, defines, arch)
     assert compiled.cubin[:4] == b"\x7fELF"
-    assert compiled.spill_bytes == 0
+    assert compiled.spill_bytes == 0, f"{compiled.spill_bytes} bytes spilled with {dict(defines)}"
 
 
 def _compile(problem: Problem, arch: str, kernel: str) -> None:

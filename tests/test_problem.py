@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cupyattn.arrays import View, view
-from cupyattn.problem import Append, Cache, Problem, check_indices, describe, describe_append
+from cupyattn.problem import (
+    Append,
+    Cache,
+    Problem,
+    Rotary,
+    check_indices,
+    check_uniform,
+    describe,
+    describe_append,
+)
 
 INT_MAX = np.iinfo(np.int32).max
 
@@ -53,6 +62,7 @@ def test_a_dense_call():
     problem = describe(q, k, v)
     assert problem == Problem(
         dtype="float16",
+        kv_dtype="float16",
         batch=2,
         num_heads=8,
         num_kv_heads=2,
@@ -77,8 +87,15 @@ def test_a_dense_call():
         leftpad=False,
         alignment=problem.alignment,
         out_alignment=16,
+        k_scale=1.0,
+        k_scales="",
+        v_scale=1.0,
+        v_scales="",
+        num_splits=0,
+        rotary=None,
+        append=None,
     )
-    assert (problem.group, problem.itemsize) == (4, 2)
+    assert (problem.group, problem.itemsize, problem.kv_itemsize) == (4, 2, 2)
 
 
 def test_equal_calls_make_equal_problems():
@@ -398,6 +415,152 @@ def test_complaints_use_the_names_of_the_callers_signature():
         describe(array(2, 5, 8, 64), *[array(3, 7, 4, 64)] * 2, k_name="k_cache", v_name="v_cache")
 
 
+# ------------------------------------------------------------------------------------------------- caches of FP8
+
+
+def fp8_step(dtype=np.uint8, **options):
+    q, cache = array(2, 1, 8, 64), array(10, 16, 4, 64, dtype=dtype)
+    table = view(np.zeros((2, 3), np.int32))
+    return describe(q, cache, cache, block_table=table, seqused_k=ints(7, 8), k_name="k_cache", **options)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_an_fp8_cache_is_bytes_or_the_librarys_own(name):
+    scales = {"k_scale": 0.5, "v_scale": view(np.ones(4, np.float32))}
+    own = fp8_step(np.dtype(name), **scales)
+    assert (own.dtype, own.kv_dtype, own.itemsize, own.kv_itemsize) == ("float16", name, 2, 1)
+    assert (own.k_scale, own.k_scales, own.v_scale, own.v_scales) == (0.5, "", 1.0, "heads")
+    for said in (name, name[7:].removesuffix("fn")):
+        assert fp8_step(kv_dtype=said, **scales) == fp8_step(np.dtype(name), kv_dtype=said, **scales) == own
+
+
+@pytest.mark.parametrize(
+    ("scale", "number", "kind"),
+    [
+        (0.1, float(np.float32(0.1)), ""),
+        (np.float64(2), 2.0, ""),
+        (3, 3.0, ""),
+        (view(np.array(0.1, np.float32)), 1.0, "tensor"),
+        (view(np.ones(1, np.float32)), 1.0, "tensor"),
+        (view(np.ones(4, np.float32)), 1.0, "heads"),
+    ],
+)
+def test_scales_are_numbers_by_value_or_arrays_that_are_not_read(scale, number, kind):
+    problem = fp8_step(kv_dtype="e4m3", k_scale=scale, v_scale=1)
+    assert (problem.k_scale, problem.k_scales) == (number, kind)
+    precise = fp8_step(kv_dtype="e4m3", k_scale=0.1, v_scale=1, out_dtype="float64")
+    assert precise.k_scale == 0.1
+
+
+def test_alignment_counts_each_arrays_own_bytes():
+    q, cache = array(1, 1, 2, 24), array(1, 4, 2, 24, dtype=np.uint8)
+    scaled = {"kv_dtype": "e5m2", "k_scale": 1, "v_scale": 1, "k_name": "k_cache"}
+    assert describe(moved(q, pointer=64), *[moved(cache, pointer=64)] * 2, **scaled).alignment == 8
+    assert describe(moved(q, pointer=64), *[moved(cache, pointer=67)] * 2, **scaled).alignment == 1
+    new = {"k": moved(q, pointer=64), "v": moved(q, pointer=72)}
+    del scaled["k_name"]
+    caches = [moved(cache, pointer=64), moved(cache, pointer=256)]
+    assert describe_append(*caches, **new, **scaled).alignment == 8
+
+
+def test_fp8_is_for_caches():
+    fp8 = array(2, 7, 4, 64, dtype=np.dtype("float8_e5m2"))
+    with refused("k", "float8_e5m2", "q's dtype float16", TypeError):
+        describe(**DENSE | {"k": fp8, "v": fp8})
+    with refused("q", "float8_e5m2", "float16 or bfloat16 or float32", TypeError):
+        describe(**DENSE | {"q": array(2, 5, 8, 64, dtype=np.dtype("float8_e5m2"))})
+    with refused("v", "float16", "uint8 or float8_e5m2, as the cache is float8_e5m2", TypeError):
+        describe(**DENSE | {"k": fp8}, k_name="k_cache", k_scale=1, v_scale=1)
+    with refused("q", "float32", "float16 or bfloat16 beside an FP8 cache on CUDA", TypeError):
+        on_cuda = [moved(array(2, 5, 8, 64, **FLOAT32), device=0), *[moved(fp8, device=0)] * 2]
+        describe(*on_cuda, k_name="k_cache", k_scale=1, v_scale=1)
+
+
+# --------------------------------------------------------------------------------------- new rows and rotation
+
+TABLE = array(40, 16)
+STEP = dict(
+    q=array(2, 3, 8, 64),
+    k=array(2, 16, 4, 64),
+    v=array(2, 16, 4, 64),
+    k_new=array(2, 3, 4, 64),
+    v_new=array(2, 3, 4, 64),
+    seqused_k=ints(5, 6),
+    k_name="k_cache",
+)
+
+
+def test_new_rows_are_described_inside_the_problem():
+    problem = describe(**STEP)
+    alone = describe_append(STEP["k"], STEP["v"], STEP["k_new"], STEP["v_new"], cache_seqlens=STEP["seqused_k"])
+    assert problem.append == alone and problem.seqlen_new == 3 and problem.seqused_k and problem.rotary is None
+    uniform = describe(**STEP | {"seqused_k": None}, uniform_length=5)
+    assert uniform == problem, "the length itself is no part of it"
+
+
+@pytest.mark.parametrize(
+    ("masks", "per_query"),
+    [
+        ({}, False),
+        ({"window": (-1, -1)}, False),
+        ({"causal": True}, True),
+        ({"window": (4, -1)}, True),
+        ({"window": (-1, 0)}, True),
+    ],
+    ids=str,
+)
+def test_queries_follow_positions_under_causal_or_a_window(masks, per_query):
+    problem = describe(**STEP | masks, rotary_cos=TABLE, rotary_sin=TABLE, rotary_interleaved=False)
+    assert problem.rotary == Rotary(32, False, 40, "float16", per_query)
+    assert problem.append.rotary == Rotary(32, False, 40, "float16", True)
+
+
+def test_tables_may_be_float32_and_cover_a_part_of_a_head():
+    table = array(9, 3, **FLOAT32)
+    assert describe(**STEP, rotary_cos=table, rotary_sin=table).rotary == Rotary(6, True, 9, "float32", False)
+
+
+def rotated(positions, **changes):
+    table = array(positions, 16)
+    return describe(**STEP | changes, rotary_cos=table, rotary_sin=table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "needed"),
+    [
+        ({}, (5, 6), 9),
+        ({"causal": True}, (5, 6), 9),
+        ({"causal": True, "q": array(2, 7, 8, 64)}, (5, 6), 13),
+        ({"q": array(2, 7, 8, 64)}, (5, 6), 9),
+        ({"k_new": array(2, 0, 4, 64), "v_new": array(2, 0, 4, 64)}, (5, 6), 7),
+        ({"k_new": array(2, 0, 4, 64), "v_new": array(2, 0, 4, 64), "q": array(2, 0, 8, 64)}, (5, 6), 0),
+    ],
+)
+def test_tables_must_reach_the_last_position(changes, lengths, needed):
+    check(rotated(needed, **changes), cache_seqlens=lengths)
+    check_uniform(rotated(needed, **changes), max(lengths))
+    if needed:
+        with refused("rotary_cos", f"{needed - 1} positions", f"at least {needed}: sequence 1 holds 6 tokens"):
+            check(rotated(needed - 1, **changes), cache_seqlens=lengths)
+        with refused("rotary_cos", f"{needed - 1} positions", f"at least {needed}: sequence 0 holds 6 tokens"):
+            check_uniform(rotated(needed - 1, **changes), max(lengths))
+
+
+def test_what_an_append_refuses_is_refused_of_a_step():
+    with refused("cache_batch_idx", "the same cache entry twice", "distinct"):
+        check(describe(**STEP, cache_batch_idx=ints(0, 0)), cache_seqlens=[5, 6], cache_batch_idx=[1, 1])
+    check(describe(**STEP, cache_batch_idx=ints(0, 0)), cache_seqlens=[5, 6], cache_batch_idx=[1, 0])
+    with refused("k_cache", "a read-only numpy array", "a writable one"):
+        describe(**STEP | {"k": moved(STEP["k"], readonly=True)})
+    describe(**STEP | {"k": moved(STEP["k"], readonly=True), "k_new": None, "v_new": None})
+
+
+@pytest.mark.parametrize(("splits", "kept"), [(0, 0), (7, 7), (np.int32(3), 3), (10**12, 2**31 - 1)])
+def test_splits(splits, kept):
+    problem = describe(**STEP, num_splits=splits)
+    assert problem.num_splits == kept and type(problem.num_splits) is int
+
+
 # ------------------------------------------------------------------------------------------- describe_append
 
 CACHES = {"k_cache": array(2, 16, 4, 64), "v_cache": array(2, 16, 4, 64)}
@@ -427,7 +590,14 @@ def test_a_dense_append():
         v_strides=(768, 256, 64),
         cache_batch_idx=False,
         alignment=described.alignment,
+        kv_dtype="float16",
+        k_scale=1.0,
+        k_scales="",
+        v_scale=1.0,
+        v_scales="",
+        rotary=None,
     )
+    assert (described.itemsize, described.kv_itemsize) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -523,10 +693,15 @@ def packed_problem(total_q=9, total_k=11, batch=2, **options):
     return describe(q, k, k, cu_seqlens_q=index, cu_seqlens_k=index, **options)
 
 
+def new_rows(batch, seqlen_new):
+    """New rows for `describe`, or none."""
+    return dict.fromkeys(("k_new", "v_new"), array(batch, seqlen_new, 2, 8)) if seqlen_new else {}
+
+
 def paged_problem(batch=2, blocks=6, block_size=4, max_blocks=3, seqlen_new=0):
     q, k = array(batch, 1, 2, 8), array(blocks, block_size, 2, 8)
     table, lengths = array(batch, max_blocks, dtype=np.int32), array(batch, dtype=np.int32)
-    return describe(q, k, k, block_table=table, seqused_k=lengths, seqlen_new=seqlen_new)
+    return describe(q, k, k, block_table=table, seqused_k=lengths, **new_rows(batch, seqlen_new))
 
 
 def paged_append(batch=2, blocks=6, block_size=4, max_blocks=3, seqlen_new=2):
@@ -537,7 +712,8 @@ def paged_append(batch=2, blocks=6, block_size=4, max_blocks=3, seqlen_new=2):
 
 def dense_problem(batch=2, entries=3, capacity=10, seqlen_new=0):
     q, k, index = array(batch, 1, 2, 8), array(entries, capacity, 2, 8), array(batch, dtype=np.int32)
-    return describe(q, k, k, seqused_k=index, cache_batch_idx=index, cache_leftpad=index, seqlen_new=seqlen_new)
+    new = new_rows(batch, seqlen_new)
+    return describe(q, k, k, seqused_k=index, cache_batch_idx=index, cache_leftpad=index, **new)
 
 
 def dense_append(batch=2, entries=3, capacity=10, seqlen_new=2):
@@ -762,6 +938,9 @@ def places(sizes, lengths, table, first):
 def test_tables_are_accepted_exactly_if_every_token_has_a_block(drawn):
     sizes, lengths, table = drawn
     good = places(sizes, lengths, table, lambda length: 0) is not None
+    if good and sizes["seqlen_new"]:
+        rows = places(sizes, lengths, table, lambda length: length)
+        good = len(set(rows)) == len(rows)
     assert accepted(paged_problem(**sizes), {"cache_seqlens": lengths, "block_table": table}) == good
 
 
@@ -784,9 +963,9 @@ def test_dense_caches_are_accepted_exactly_if_their_indices_fit(data):
     pad = column(st.integers(0, capacity))
     arrays = {"cache_seqlens": lengths, "cache_batch_idx": index}
     good = all(0 <= length <= capacity - new for length in lengths) and all(0 <= entry < entries for entry in index)
+    good = good and (new == 0 or len(set(index)) == batch)
     if appending:
         problem = dense_append(batch, entries, capacity, new)
-        good = good and (new == 0 or len(set(index)) == batch)
     else:
         problem = dense_problem(batch, entries, capacity, new)
         arrays["cache_leftpad"] = pad

@@ -173,6 +173,45 @@ def test_float64_of_packed_sequences(rng):
     np.testing.assert_allclose(out, oracle.attention_varlen(q, k, v, *ends).out, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn", "float8_e5m2"])
+def test_float64_of_a_step(rng, kv_dtype, interleaved, causal):
+    """Queries are rotated and not rounded; keys are what the cache holds, rounded to their dtype and to the cache's."""
+    q = normal(rng, (2, 3, 4, 16), "float16")
+    k, v = normal(rng, (2, 2, 3, 2, 16), "float16")
+    caches = normal(rng, (2, 2, 20, 2, 16), "float16")
+    options = {"k": k, "v": v, "cache_seqlens": np.array([4, 17], np.int32), "rotary_interleaved": interleaved}
+    angles = rng.uniform(0, 7, (20, 5))
+    options |= {"rotary_cos": np.cos(angles).astype(np.float16), "rotary_sin": np.sin(angles).astype(np.float16)}
+    if kv_dtype is not None:
+        caches = oracle.to_fp8(caches, kv_dtype)
+        scales = {"k_scale": 1 / 3, "v_scale": np.array([0.3, 1.7], np.float32)}
+        options |= {"kv_dtype": kv_dtype} | scales
+    ends = oracle.append_range(*caches, **options)
+    out, lse = attention_with_kvcache(q, *caches, **options, causal=causal, kernel="numpy_float64", return_lse=True)
+    oracle.check_caches(caches, *ends, kv_dtype)
+    turned = np.array([rotated_by_hand(q[b], angles, interleaved, options, b, causal) for b in range(2)])
+    plain = {"cache_seqlens": np.array([7, 20], np.int32), "causal": causal}
+    if kv_dtype is not None:
+        plain |= {"kv_dtype": kv_dtype} | scales
+    expected = oracle.attention_with_kvcache(turned, *caches, **plain)
+    np.testing.assert_allclose(out, expected.out, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lse, expected.lse, rtol=1e-12)
+
+
+def rotated_by_hand(q, angles, interleaved, options, b, causal):
+    """Complex numbers turned: the first ten elements of each head as five of them."""
+    turned = q.astype(np.float64)
+    for i in range(len(q)):
+        position = options["cache_seqlens"][b] + (i if causal else 0)
+        first, second = (slice(0, 10, 2), slice(1, 10, 2)) if interleaved else (slice(0, 5), slice(5, 10))
+        number = turned[i, :, first] + 1j * turned[i, :, second]
+        by = options["rotary_cos"][position].astype(float) + 1j * options["rotary_sin"][position].astype(float)
+        turned[i, :, first], turned[i, :, second] = (number * by).real, (number * by).imag
+    return turned
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("wide", [np.float32, np.float64])
 def test_every_16_bit_number_is_widened_exactly(dtype, wide):
@@ -249,6 +288,46 @@ def test_append_itself_checks_the_contents_of_indices(rng):
     with pytest.raises(ValueError, match="^cache_seqlens: got 7 tokens for sequence 1 plus 3 new"):
         reference.append(append, AppendOperands(k_cache, v_cache, k, v, cache_seqlens=lengths))
     assert (k_cache.array == 7).all() and (v_cache.array == 7).all()
+
+
+@pytest.mark.parametrize("bad", [{"cache_seqlens": [0, 8]}, {"block_table": [[0], [4]]}, {"block_table": [[1], [1]]}])
+def test_a_step_itself_checks_the_contents_of_indices(rng, bad):
+    """Those of the append and those of attention, before either writes."""
+    k_cache, v_cache = (view(np.full((4, 9, 2, 8), 7, np.float32)) for _ in range(2))
+    q, k, v = (view(normal(rng, (2, 2, 2, 8), "float32")) for _ in range(3))
+    indices = {"cache_seqlens": [3, 3], "block_table": [[1], [0]]} | bad
+    lengths, table = (view(np.array(values, np.int32)) for values in indices.values())
+    out = view(np.full((2, 2, 2, 8), 7, np.float32))
+    problem = describe(q, k_cache, v_cache, k_new=k, v_new=v, seqused_k=lengths, block_table=table, out=out)
+    operands = Operands(q, k_cache, v_cache, out, seqused_k=lengths, block_table=table, k_new=k, v_new=v)
+    with pytest.raises(ValueError, match="^(seqused_k|cache_seqlens|block_table): got "):
+        reference.forward(problem, operands)
+    for written in (k_cache, v_cache, out):
+        assert (written.array == 7).all()
+
+
+def test_a_number_for_all_lengths(rng):
+    k_cache, v_cache = (view(np.zeros((2, 9, 2, 8), np.float32)) for _ in range(2))
+    k, v = (view(normal(rng, (2, 3, 2, 8), "float32")) for _ in range(2))
+    append = describe_append(k_cache, v_cache, k, v)
+    with pytest.raises(ValueError, match="^cache_seqlens: got 7 tokens for sequence 0 plus 3 new"):
+        reference.append(append, AppendOperands(k_cache, v_cache, k, v, uniform_length=7))
+    reference.append(append, AppendOperands(k_cache, v_cache, k, v, uniform_length=6))
+    assert (k_cache.array[:, 6:] == k.array).all() and not k_cache.array[:, :6].any()
+
+
+def test_decoding_does_not_widen_the_tables_or_the_cache(rng):
+    """Memory for one step is that of the rows in use, however long the tables and the FP8 cache are."""
+    tables = {name: np.ones((200_000, 32), np.float16) for name in ("rotary_cos", "rotary_sin")}
+    caches = np.zeros((2, 1, 200_000, 1, 64), np.uint8)
+    q, k, v = normal(rng, (3, 1, 1, 1, 64), "float16")
+    options = {"k": k, "v": v, "cache_seqlens": 100, "kv_dtype": "e4m3", "k_scale": 1.0, "v_scale": 1.0} | tables
+    attention_with_kvcache(q, *caches, **options)
+    tracemalloc.start()
+    attention_with_kvcache(q, *caches, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
 
 
 def test_read_only_inputs(rng):

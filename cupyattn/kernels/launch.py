@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import jit
-from ..plan import Device, Plan, plan, plan_append
-from ..problem import Append, Problem
+from ..arrays import View, empty
+from ..plan import Device, Plan, choose_kernel, plan, plan_append
+from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
 from .operands import AppendOperands, Operands
+from .workspace import Workspace, keep_if_captured, workspace
 
 if TYPE_CHECKING:
     import cupy
+
+    from .rotary import PreparedRotary
 
 
 class Prepared:
@@ -37,7 +43,33 @@ class Prepared:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack(operands, self._tail)
-            _launch(self._function, self._grid, self._block, argument, self._shared, stream)
+            enqueue(self._function, self._grid, self._block, argument, self._shared, stream)
+
+
+class PreparedDecode:
+    """The same for the decode kernel, which needs a workspace of the stream."""
+
+    __slots__ = ("problem", "plan", "kernel", "_device", "_grid", "_block", "_tail", "_decode_tail")
+
+    def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> None:
+        self.problem = problem
+        self.plan = plan
+        self.kernel = kernel
+        self._device = device
+        self._grid = (plan.grid,)
+        self._block = (plan.threads,)
+        self._tail = params.scalars(problem, plan)
+        self._decode_tail = params.decode_scalars(problem, plan)
+
+    def __call__(self, operands: Operands, stream: int) -> None:
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
+        if self._grid[0]:
+            self.launch(operands, stream, workspace(self._device, stream, self.plan.workspace_bytes))
+
+    def launch(self, operands: Operands, stream: int, memory: Workspace) -> None:
+        """Launch with this workspace, which no other launch may use at the same time."""
+        argument = params.pack_decode(operands, self._tail, self._decode_tail, memory.pointer)
+        enqueue(self.kernel.function, self._grid, self._block, argument, self.plan.shared_bytes, stream)
 
 
 class PreparedAppend:
@@ -56,18 +88,91 @@ class PreparedAppend:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack_append(operands, self._tail)
-            _launch(self.kernel.function, self._grid, self._block, argument, 0, stream)
+            enqueue(self.kernel.function, self._grid, self._block, argument, 0, stream)
 
 
-def prepare(problem: Problem, device: int, kernel: str = "auto", **insist: Any) -> Prepared:
+class PreparedSteps:
+    """An append, a rotation of the queries and attention, a launch each, for kernels that do the last alone."""
+
+    __slots__ = ("problem", "plan", "kernel", "_append", "_rotate", "_attend")
+
+    def __init__(
+        self, problem: Problem, append: PreparedAppend | None, rotate: PreparedRotary | None, attend: Prepared
+    ) -> None:
+        self.problem = problem
+        self.plan = attend.plan
+        self.kernel = attend.kernel
+        self._append = append
+        self._rotate = rotate
+        self._attend = attend
+
+    def __call__(self, operands: Operands, stream: int) -> None:
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
+        if self._append is not None:
+            self._append(operands.appending(), stream)
+        if self._rotate is not None:
+            operands = replace(operands, q=self._rotated(operands, stream))
+        self._attend(operands, stream)
+
+    def _rotated(self, operands: Operands, stream: int) -> View:
+        o = operands
+        rotated = empty(o.q, o.q.shape, o.q.dtype)
+        offsets = o.seqused_k, o.uniform_length or 0
+        self._rotate(o.q, rotated, o.rotary_cos, o.rotary_sin, *offsets, None, stream)
+        if rotated.library == "cupy":  # PyTorch keeps what was allocated for a graph by itself
+            keep_if_captured(rotated, stream)
+        return rotated
+
+
+def prepare(
+    problem: Problem, device: int, kernel: str = "auto", **insist: Any
+) -> Prepared | PreparedDecode | PreparedSteps:
     """Plan, compile (or find) and load. Raises ValueError where `kernel` cannot serve the problem on this device.
 
     `insist` goes to `plan`.
     """
     described = describe_device(device)
-    made = plan(problem, described, kernel, **insist)
+    alone = choose_kernel(problem, described, kernel)[0] == "decode"
+    attended = problem if alone or problem.rotary is None else _rotated_before(problem)
+    made = plan(attended, described, kernel, **insist)
     loaded = jit.load(made.kernel, made.defines, described.arch, made.kernel, device, made.shared_bytes)
-    return Prepared(problem, made, loaded)
+    if alone:
+        return PreparedDecode(problem, made, loaded, device)
+    attend = Prepared(attended, made, loaded)
+    if problem.append is None:
+        return attend
+    append = prepare_append(problem.append, device) if problem.append.total_new else None
+    rotate = None
+    if problem.rotary is not None:
+        from .rotary import prepare_rotary  # which needs this module
+
+        rotate = prepare_rotary(_rotation_of_queries(problem), device)
+    return PreparedSteps(problem, append, rotate, attend)
+
+
+def _rotated_before(problem: Problem) -> Problem:
+    """The same problem for queries that lie in a new array."""
+    shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+    alignment = math.gcd(problem.alignment, contiguous_row_alignment(problem.head_dim, problem.dtype))
+    return replace(problem, q_strides=contiguous_row_strides(shape, False), alignment=alignment)
+
+
+def _rotation_of_queries(problem: Problem) -> Rotation:
+    """What rotates the queries into that array."""
+    attended = _rotated_before(problem)
+    return Rotation(
+        dtype=problem.dtype,
+        batch=problem.batch,
+        total=problem.total_q,
+        seqlen=problem.seqlen_q,
+        num_heads=problem.num_heads,
+        head_dim=problem.head_dim,
+        packed=False,
+        x_strides=problem.q_strides,
+        out_strides=attended.q_strides,
+        alignment=attended.alignment,
+        rotary=problem.rotary,
+    )
 
 
 def prepare_append(append: Append, device: int) -> PreparedAppend:
@@ -92,7 +197,7 @@ def describe_device(device: int) -> Device:
     )
 
 
-def _launch(
+def enqueue(
     function: cupy.RawKernel,
     grid: tuple[int],
     block: tuple[int],

@@ -6,11 +6,11 @@ import struct
 
 import numpy as np
 
-from ..plan import Plan
+from ..plan import COUNTER_BYTES, Plan
 from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
-_POINTERS = struct.Struct("<13Q")
+_POINTERS = struct.Struct("<13Qq")
 _SCALARS = struct.Struct("<13q13i2f4x")
 
 
@@ -57,12 +57,54 @@ def pack(operands: Operands, tail: bytes) -> np.void:
         o.cache_leftpad.pointer if o.cache_leftpad is not None else 0,
         o.alibi_slopes.pointer if o.alibi_slopes is not None else 0,
         o.sinks.pointer if o.sinks is not None else 0,
+        -1 if o.uniform_length is None else o.uniform_length,
     )
     return np.void(head + tail)
 
 
-_APPEND_POINTERS = struct.Struct("<8Q")
-_APPEND_SCALARS = struct.Struct("<12q7i4x")
+_DECODE_POINTERS = struct.Struct("<8Q")
+_DECODE_SCALARS = struct.Struct("<6q2f9i4x")
+
+
+def decode_scalars(problem: Problem, plan: Plan) -> bytes:
+    """What `DecodeParams` (kernels_cu/common/decode_params.cuh) has behind its pointers."""
+    new = problem.append
+    rotary = problem.rotary
+    return _DECODE_SCALARS.pack(
+        *(new.k_strides if new is not None else (0, 0, 0)),
+        *(new.v_strides if new is not None else (0, 0, 0)),
+        problem.k_scale,
+        problem.v_scale,
+        int(problem.k_scales == "heads"),
+        int(problem.v_scales == "heads"),
+        rotary.positions if rotary is not None else 0,
+        int(rotary is not None and rotary.per_query),
+        plan.row_blocks,
+        problem.num_splits,
+        plan.least_positions,
+        plan.last_tier,
+        plan.position_tiles,
+    )
+
+
+def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: int) -> np.void:
+    """The decode kernel's argument: a forward kernel's, then its own pointers and scalars."""
+    o = operands
+    head = _DECODE_POINTERS.pack(
+        o.k_new.pointer if o.k_new is not None else 0,
+        o.v_new.pointer if o.v_new is not None else 0,
+        o.rotary_cos.pointer if o.rotary_cos is not None else 0,
+        o.rotary_sin.pointer if o.rotary_sin is not None else 0,
+        o.k_scale.pointer if o.k_scale is not None else 0,
+        o.v_scale.pointer if o.v_scale is not None else 0,
+        workspace + COUNTER_BYTES,
+        workspace,
+    )
+    return np.void(pack(operands, tail).tobytes() + head + decode_tail)
+
+
+_APPEND_POINTERS = struct.Struct("<12Qq")
+_APPEND_SCALARS = struct.Struct("<12q10i2f")
 
 
 def append_scalars(append: Append) -> bytes:
@@ -80,6 +122,11 @@ def append_scalars(append: Append) -> bytes:
         cache.entries,
         cache.rows,
         cache.table_stride,
+        append.rotary.positions if append.rotary is not None else 0,
+        int(append.k_scales == "heads"),
+        int(append.v_scales == "heads"),
+        append.k_scale,
+        append.v_scale,
     )
 
 
@@ -95,5 +142,10 @@ def pack_append(operands: AppendOperands, tail: bytes) -> np.void:
         o.cache_seqlens.pointer if o.cache_seqlens is not None else 0,
         o.block_table.pointer if o.block_table is not None else 0,
         o.cache_batch_idx.pointer if o.cache_batch_idx is not None else 0,
+        o.rotary_cos.pointer if o.rotary_cos is not None else 0,
+        o.rotary_sin.pointer if o.rotary_sin is not None else 0,
+        o.k_scale.pointer if o.k_scale is not None else 0,
+        o.v_scale.pointer if o.v_scale is not None else 0,
+        o.uniform_length or 0,
     )
     return np.void(head + tail)

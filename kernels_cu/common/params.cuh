@@ -15,25 +15,26 @@ struct Strides {
 
 struct ForwardParams {
     const Element* q;
-    const Element* k;
-    const Element* v;
+    const KvElement* k;
+    const KvElement* v;
     Element* out;
     float* lse;                    // null: not asked for
     const int* cu_seqlens_q;       // PACKED_Q
     const int* cu_seqlens_k;       // null: lengths come from elsewhere
-    const int* seqused_k;          // null: every row of a sequence is used
+    const int* seqused_k;          // null: uniform_length holds, if any does
     const int* block_table;        // CACHE_PAGED
     const int* cache_batch_idx;    // null: sequence b lies in entry b
     const int* cache_leftpad;      // null: no padding
     const float* alibi_slopes;     // ALIBI
     const float* sinks;            // null: none
+    i64 uniform_length;            // keys in use of every sequence; -1: every row is used, or seqused_k tells
     Strides q_strides, k_strides, v_strides, o_strides;
     i64 alibi_batch_stride;        // 0 when all sequences share the slopes
     int batch;
     int num_heads, num_kv_heads;
     int total_q;                   // rows of a packed q
     int seqlen_q;                  // rows of one sequence when q is dense
-    int seqlen_new;                // keys appended by this call, added to seqused_k
+    int seqlen_new;                // keys appended by this call, added to the used length
     int cache_entries, cache_rows; // sequences or blocks held; rows one sequence can hold
     int table_stride;
     int window_left, window_right; // -1: unbounded

@@ -22,8 +22,8 @@ struct Keys {
     int length;        // keys that the sequence's queries can see
     int needed;        // the first of them that this tile's queries can see
     int padding;       // rows of a paged sequence in front of them
-    const Element* k;  // row 0 of the head; of the whole cache when it is paged
-    const Element* v;
+    const KvElement* k; // row 0 of the head; of the whole cache when it is paged
+    const KvElement* v;
     const int* table;
     bool bad;          // lengths or indices that do not fit the arrays: the result is NaN
 };
@@ -109,62 +109,70 @@ __device__ __forceinline__ Tile find_tile(const ForwardParams& p) {
     return tile;
 }
 
-// Where one kv head's keys of a sequence lie, and how many. Contents that do not fit set `bad` and are clamped.
-__device__ __forceinline__ Keys find_keys(const ForwardParams& p, const Tile& tile, int kv_head) {
-    const int sequence = tile.sequence;
-    Keys keys;
-    keys.length = 0;
-    keys.needed = 0;
-    keys.padding = 0;
-    keys.k = p.k + kv_head * p.k_strides.head;
-    keys.v = p.v + kv_head * p.v_strides.head;
-    keys.table = nullptr;
-    keys.bad = tile.bad;
-    if (sequence >= p.batch) return keys;
+// Which rows of the cache hold a sequence's keys. Contents that do not fit set `bad` and are clamped.
+struct Rows {
+    int length; // keys that the sequence's queries can see
+    int first;  // row of the first of them: within the sequence when it is paged, else within the entry
+    int entry;  // of a dense cache
+    bool bad;
+};
 
-    int first = 0;
-    int entry = 0;
+__device__ __forceinline__ Rows find_rows(const ForwardParams& p, int sequence) {
+    Rows rows = {0, 0, 0, false};
     int capacity = p.cache_rows;
     int length = p.cache_rows;
-    if (p.cu_seqlens_k != nullptr) {
+    if (PACKED_Q && p.cu_seqlens_k != nullptr) {
         const int begin = p.cu_seqlens_k[sequence], end = p.cu_seqlens_k[sequence + 1];
         length = end - begin;
         if (CACHE_KIND == CACHE_PACKED) {
-            first = clamp(begin, 0, p.cache_rows);
-            capacity = clamp(end, first, p.cache_rows) - first;
-            keys.bad |= first != begin || length != capacity;
+            rows.first = clamp(begin, 0, p.cache_rows);
+            capacity = clamp(end, rows.first, p.cache_rows) - rows.first;
+            rows.bad = rows.first != begin || length != capacity;
         }
     }
-    if (p.seqused_k != nullptr) {
-        const int used = p.seqused_k[sequence];
-        keys.bad |= used < 0 || used > capacity - p.seqlen_new;
+    if (p.seqused_k != nullptr || p.uniform_length >= 0) {
+        const int used = p.seqused_k != nullptr ? p.seqused_k[sequence] : static_cast<int>(p.uniform_length);
+        rows.bad |= used < 0 || used > capacity - p.seqlen_new;
         length = clamp(used, 0, max(capacity - p.seqlen_new, 0)) + p.seqlen_new;
     }
     if (CACHE_KIND == CACHE_DENSE) {
-        entry = p.cache_batch_idx != nullptr ? p.cache_batch_idx[sequence] : sequence;
-        if (entry < 0 || entry >= p.cache_entries) {
-            keys.bad = true;
-            entry = capacity = 0;
+        rows.entry = p.cache_batch_idx != nullptr ? p.cache_batch_idx[sequence] : sequence;
+        if (rows.entry < 0 || rows.entry >= p.cache_entries) {
+            rows.bad = true;
+            rows.entry = capacity = 0;
         }
     }
-    keys.length = clamp(length, 0, capacity);
-    keys.bad |= keys.length != length;
-
+    rows.length = clamp(length, 0, capacity);
+    rows.bad |= rows.length != length;
     if (p.cache_leftpad != nullptr) {
         const int given = p.cache_leftpad[sequence];
-        const int padding = clamp(given, 0, keys.length);
-        keys.bad |= padding != given;
-        keys.length -= padding;
-        first += padding;
+        const int padding = clamp(given, 0, rows.length);
+        rows.bad |= padding != given;
+        rows.length -= padding;
+        rows.first += padding;
     }
+    return rows;
+}
+
+// The keys of one kv head in these rows.
+__device__ __forceinline__ Keys place_keys(const ForwardParams& p, int sequence, const Rows& rows, int kv_head) {
+    Keys keys = {rows.length, 0, 0, p.k + kv_head * p.k_strides.head, p.v + kv_head * p.v_strides.head, nullptr, rows.bad};
     if (CACHE_KIND == CACHE_PAGED) {
         keys.table = p.block_table + static_cast<i64>(sequence) * p.table_stride;
-        keys.padding = first;
+        keys.padding = rows.first;
     } else {
-        keys.k += entry * p.k_strides.outer + first * p.k_strides.row;
-        keys.v += entry * p.v_strides.outer + first * p.v_strides.row;
+        keys.k += rows.entry * p.k_strides.outer + rows.first * p.k_strides.row;
+        keys.v += rows.entry * p.v_strides.outer + rows.first * p.v_strides.row;
     }
     return keys;
+}
+
+__device__ __forceinline__ Keys find_keys(const ForwardParams& p, const Tile& tile, int kv_head) {
+    const bool none = tile.sequence >= p.batch; // rows of a packed q behind the last sequence
+    Rows rows = {0, 0, 0, false};
+    if (!none) rows = find_rows(p, tile.sequence);
+    rows.bad |= tile.bad;
+    return place_keys(p, none ? 0 : tile.sequence, rows, kv_head);
 }
 
 // The element offset of visible key `row` from Keys::k or Keys::v, whose strides these are. `valid` becomes false,

@@ -1,12 +1,20 @@
 // Element types without CUDA headers: 16-bit values travel as bits and are converted with PTX.
 //
-// Compile-time values: DTYPE (one of the three below).
+// Compile-time values: DTYPE (one of the first three below); KV_DTYPE of the keys and values (DTYPE unless given).
 #pragma once
 
 #define DTYPE_FLOAT16 0
 #define DTYPE_BFLOAT16 1
 #define DTYPE_FLOAT32 2
+#define DTYPE_FLOAT8_E4M3 3
+#define DTYPE_FLOAT8_E5M2 4
 
+#ifndef KV_DTYPE
+#define KV_DTYPE DTYPE
+#endif
+#define KV_FLOAT8 (KV_DTYPE >= DTYPE_FLOAT8_E4M3)
+
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -15,6 +23,12 @@ typedef long long i64;
 typedef float Element;
 #else
 typedef u16 Element;
+#endif
+
+#if KV_FLOAT8
+typedef u8 KvElement;
+#else
+typedef Element KvElement;
 #endif
 
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -1,108 +1,34 @@
-"""`cupyattn bench`: the grid, the arithmetic of ratios and the record; on a GPU, a short run of the real thing."""
+"""`cupyattn bench`: what it refuses, its contenders and its help; on a GPU, short runs of the real thing."""
 
 from __future__ import annotations
 
 import json
-import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cupyattn.cli import app, bench
-from cupyattn.cli.bench import GRID, OURS, Cell, Result
+from cupyattn.cli import app, bench, bench_common, bench_decode, bench_prefill
+from cupyattn.cli.bench_common import OURS, EventTimer, Result
 from cupyattn.cli.device import NO_GPU
 
-
-def results() -> bench.Results:
-    """Three cells: in the second, fa2 is twice as fast; in the third, it refuses."""
-    cells = [Cell(64, False, 512), Cell(128, True, 1024), Cell(256, False, 2048)]
-    ours = {OURS: Result([2.0, 2.0, 2.2])}
-    return {
-        cells[0]: ours | {"fa2": Result([4.0, 3.9, 4.2])},
-        cells[1]: ours | {"fa2": Result([1.0])},
-        cells[2]: ours | {"fa2": Result(refused="RuntimeError: no")},
-    }
+MODULES = {OURS: "cupyattn", "missing": "no_such_module_anywhere", "slow": "json"}
 
 
 def invoke(*arguments: object):
     return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "250", "NO_COLOR": "1"})
 
 
-def printed(function, *arguments, **options) -> str:
-    console = Console(width=200, no_color=True)
-    with console.capture() as capture:
-        function(*arguments, console, **options)
-    return capture.get()
-
-
-def test_grid():
-    assert len(GRID) == len(set(GRID)) == 36
-    assert {cell.head_dim for cell in GRID} == {64, 128, 256}
-    assert {cell.seqlen for cell in GRID} == {512, 1024, 2048, 4096, 8192, 16384}
-    for cell in GRID:
-        batch, seqlen, heads, head_dim = cell.shape
-        assert batch * seqlen == 16384 and heads * head_dim == 2048
-    assert set(bench.QUICK) < set(GRID) and len(bench.QUICK) == 6
-
-
-def test_flops():
-    assert Cell(128, False, 16384).flops == 4 * 1 * 16 * 16384**2 * 128
-    assert Cell(128, True, 16384).flops == Cell(128, False, 16384).flops / 2
-
-
-def test_summary():
-    line = bench.summary(results())["fa2"]
-    assert line["geometric_mean"] == pytest.approx(math.sqrt(2.0 * 0.5))
-    assert line["minimum"] == 0.5
-    assert line["minimum_cell"] == "hd 128 causal 1024"
-    assert line["cells"] == 2
-
-
-def test_record_is_json_and_says_how_it_was_measured():
-    host = {"cupy": {"median_us": 20.0, "p90_us": 22.0}}
-    record = json.loads(json.dumps(bench.as_record(results(), host, {"gpu": "X"}, rounds=3)))
-    assert record["protocol"]["rounds"] == 3
-    first, _, third = (cell["contenders"] for cell in record["cells"])
-    assert first[OURS]["tflops"] == pytest.approx(Cell(64, False, 512).flops / 2.0e-3 / 1e12)
-    assert first[OURS]["spread"] == pytest.approx(0.1)
-    assert third["fa2"] == {"refused": "RuntimeError: no"}
-    assert record["host"]["cupy"] == host["cupy"]
-
-
-def test_table_has_slow_cells_first_and_marks_refusals():
-    text = printed(lambda console: bench.show(results(), [OURS, "fa2"], console, title="T"))
-    rows = [line for line in text.splitlines() if " hd " in line and "─" not in line]
-    assert ["hd 128 causal 1024", "hd 64 full 512", "hd 256 full 2048"] == [
-        row.split("│")[1].strip() for row in rows[:3]
-    ]
-    assert "—" in rows[2]
-    assert "geometric mean 1.000, lowest 0.500" in text
-    assert "refused by fa2: RuntimeError: no" in text
-
-
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "grid.png"
-    bench.plot(results(), path, "X")
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_unknown_contender():
-    with pytest.raises(bench.typer.BadParameter, match="expected some of cupyattn, fa2"):
-        bench.choose("cupyattn,fa9", Console())
-
-
-def test_missing_contender(monkeypatch):
-    monkeypatch.setitem(bench.CONTENDERS, "fa4", ("no_such_module_anywhere", None))
-    with pytest.raises(bench.typer.BadParameter, match="cannot be imported"):
-        bench.choose("fa4", Console())
-    assert "fa4" not in bench.choose("auto", Console(quiet=True))
-
-
-def test_without_a_gpu_it_says_so(monkeypatch):
+@pytest.fixture
+def no_gpu(monkeypatch):
     monkeypatch.setattr(bench, "why_no_gpu", lambda: NO_GPU)
-    result = invoke("--quick")
+
+
+@pytest.mark.parametrize("kind", [(), ("prefill",), ("decode",)])
+def test_without_a_gpu_it_says_so(no_gpu, kind):
+    result = invoke(*kind, "--quick")
     assert result.exit_code == 2
     assert f"bench needs an NVIDIA GPU; {NO_GPU}. There is nothing to mend." in result.output
     assert "cupyattn explain --arch 90" in result.output and "doctor" not in result.output
@@ -115,12 +41,113 @@ def test_with_a_gpu_that_does_not_work_it_names_the_doctor(monkeypatch):
     assert "CuPy finds no CUDA device. `cupyattn doctor` says what to do." in result.output
 
 
+def test_unknown_kind(no_gpu):
+    result = invoke("backward")
+    assert result.exit_code == 2
+    assert "'prefill', 'decode'" in result.output
+
+
+def test_tiles_are_of_prefill(no_gpu):
+    result = invoke("decode", "--tiles", "never_written.json")
+    assert result.exit_code == 2
+    assert "got it with decode, expected it with prefill alone" in result.output
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(no_gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("decode", "--plot", "never_written.png")
+    assert result.exit_code == 2
+    assert "got no matplotlib" in result.output
+
+
+def test_help_names_the_kinds_and_their_contenders():
+    words = " ".join(invoke("--help").output.replace("│", " ").split())
+    assert "prefill|decode" in words
+    assert "some of cupyattn, fa2, cudnn, fa4, flashinfer; for decode of cupyattn, flashinfer, fa4." in words
+
+
+def test_unknown_contender():
+    with pytest.raises(bench.typer.BadParameter, match="expected some of cupyattn, missing, slow"):
+        bench_common.choose("cupyattn,fa9", MODULES, Console())
+
+
+def test_missing_contender():
+    with pytest.raises(bench.typer.BadParameter, match="cannot be imported"):
+        bench_common.choose("missing", MODULES, Console())
+    quiet = Console(quiet=True)
+    assert bench_common.choose("auto", MODULES, quiet) == [OURS, "slow"]
+    assert bench_common.choose("auto", MODULES, quiet, unasked=("slow",)) == [OURS]
+    assert bench_common.choose(" slow, cupyattn", MODULES, quiet, unasked=("slow",)) == ["slow", OURS]
+
+
+def test_attempt_takes_a_refusal_for_a_result():
+    def refuse():
+        raise RuntimeError("no such shape\nand more")
+
+    assert bench_common.attempt(refuse, float) == (None, Result(refused="RuntimeError: no such shape"))
+    call, result = bench_common.attempt(lambda: lambda: 7, lambda out: out / 14)
+    assert call() == 7 and result == Result(error=0.5)
+
+
+def test_the_timer_counts_flushes_into_its_time_but_not_into_the_figure():
+    class Clock:
+        """A device on which a flush takes 3 ms and a call 1 ms."""
+
+        now = 0.0
+        calls = 0
+
+        def alloc(self, size):
+            return self
+
+        def memset_async(self, value, size):
+            self.now += 3.0
+
+        def Event(self):
+            clock = self
+
+            class Event:
+                def record(self):
+                    self.at = clock.now
+
+                def synchronize(self):
+                    pass
+
+            return Event()
+
+        def get_elapsed_time(self, start, stop):
+            return stop.at - start.at
+
+    clock = Clock()
+
+    def call():
+        clock.now += 1.0
+        clock.calls += 1
+
+    timer = EventTimer(SimpleNamespace(cuda=clock))
+    assert timer(call, warmup_ms=40.0, measure_ms=80.0) == 1.0
+    assert 1 + 5 + 10 + 20 <= clock.calls <= 1 + 5 + 12 + 24  # the first of five flushes is before the first event
+
+
 @pytest.mark.gpu
-def test_gpu_quick(tmp_path):
+def test_gpu_quick_prefill(tmp_path):
     path = tmp_path / "bench.json"
     result = invoke("--quick", "--rounds", 1, "--contenders", "cupyattn", "--json", path)
     assert result.exit_code == 0, result.output
     record = json.loads(path.read_text())
-    assert len(record["cells"]) == 6
+    assert len(record["cells"]) == len(bench_prefill.QUICK)
     assert all(cell["contenders"][OURS]["error_over_tolerance"] <= 1 for cell in record["cells"])
     assert record["host"]["cupy"]["median_us"] > 0
+
+
+@pytest.mark.gpu
+def test_gpu_quick_decode(tmp_path):
+    path = tmp_path / "bench.json"
+    result = invoke("decode", "--quick", "--rounds", 1, "--contenders", "cupyattn", "--json", path)
+    assert result.exit_code == 0, result.output
+    record = json.loads(path.read_text())
+    assert len(record["cells"]) == sum(map(len, bench_decode.QUICK))
+    for cell in record["cells"]:
+        assert cell["contenders"][OURS]["error_over_tolerance"] <= 1, cell["name"]
+        # A read of as many bytes is never slower than attention, but for noise.
+        assert 0 < cell["contenders"]["stream"]["ms"] < 1.1 * cell["contenders"][OURS]["ms"], cell["name"]
+    assert record["empty_launch_us"] > 0 and record["host"]

@@ -1,0 +1,1004 @@
+// Attention of a few queries over long caches, split over the whole chip, in one launch, from sm_80 on.
+//
+// All keys of the batch form one line: sequence by sequence, kv head by kv head, tile by tile of TILE_N keys. Workers
+// (thread blocks, or clusters of CLUSTER of them) take equal shares of that line, so that one long sequence among
+// short ones costs no tail (stream-K, arXiv:2301.03598). Every warp works out the shares from the lengths on the
+// device; the host plans nothing. The tiles that a worker has of one (sequence, kv head) are a *portion*.
+//
+// Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn, from the last to the first. A team
+// has a ring of STAGES tiles of its own, filled by cp.async STAGES tiles ahead and across portions, so that memory
+// never waits for arithmetic. It computes with the keys as rows of the matrix product and 8 ROW_TILES queries as
+// columns: the whole group of query heads that share a kv head, and every new token of them:
+//
+//     S^T = K Q^T          16 keys x 8 queries; Q stays in registers
+//     m, l = maximum and sum over keys    (one vote a tile: a maximum is raised only when it must be)
+//     O^T += V^T P^T       P^T comes from S^T by movmatrix, without shared memory
+//
+// At the end of a portion the teams' results are merged: first those of a block, then those of a cluster through
+// distributed shared memory, each block taking its slice of the rows. If the portion is the whole of the sequence, that
+// is the result. Otherwise the slice goes to the workspace, and the last worker to arrive merges it with those
+// of the others in their order in the line, whoever came first: results do not depend on timing.
+//
+// New keys and values (APPEND) are read from where the caller has them, rotated and rounded on the way, put into the
+// tile that waits for them and into the cache, from which nobody reads them in this launch.
+//
+// An 8-bit cache (KV_DTYPE) is widened to float16 between shared memory and the product, queries are brought to
+// float16 by a power of two of their own, and scales go into scores and sums.
+//
+// Shared memory (dynamic):
+//     ring      [TEAMS][STAGES]{K [TILE_N], V [TILE_N]} rows of PADDED_DIM elements, swizzled as common/copy.cuh says
+//               (rows at another pitch would cost the copies half as many bytes more)
+//     queries   [TEAMS][STAGES][USED_ROWS] rows of PADDED_DIM elements and 16 bytes, with the first tile of a portion
+//     outputs   [TEAMS][USED_ROWS][OUT_STRIDE] float32
+//     stats     [TEAMS + 1][USED_ROWS]{maximum, sum}, the last of them of the whole block
+//     sequences [batch] where each lies in the line and in the cache
+//
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES GROUP CLUSTER BLOCKS WIDE_OFFSETS CACHE_KIND
+// BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND ROTARY_DIM ROTARY_INTERLEAVED ROTARY_FLOAT32 LOAD_BYTES STORE_BYTES,
+// and for common/sequence.cuh PACKED_Q (0) and TILE_M (the rows of a unit).
+
+#include "common/types.cuh"
+#include "common/decode_params.cuh"
+#include "common/sequence.cuh"
+#include "common/mask.cuh"
+#include "common/softmax.cuh"
+#include "common/copy.cuh"
+#include "common/mma.cuh"
+#include "common/fp8.cuh"
+#include "common/widen.cuh"
+#include "common/cluster.cuh"
+
+constexpr int WARPS = TEAMS * TEAM_WARPS;
+constexpr int THREADS = WARPS * WARP_SIZE;
+constexpr int TEAM_THREADS = TEAM_WARPS * WARP_SIZE;
+constexpr int WARP_ROWS = 8 * ROW_TILES;
+constexpr int ROWS = WARP_ROWS * TEAM_WARPS; // of a unit; TILE_M
+constexpr int M_TILES = TILE_N / 16;
+constexpr int STEPS = ROW_CHUNKS / 2;        // two 16-byte chunks at a time
+constexpr int D_TILES = PADDED_DIM / 16;
+constexpr int D_TILES_A_STEP = D_TILES / STEPS;
+constexpr u32 TILE_BYTES = TILE_N * ROW_BYTES;
+constexpr u32 QUERY_PITCH = PADDED_DIM * 2 + 16; // an odd number of chunks: eight rows meet eight different groups of banks
+constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;
+constexpr u32 QUERY_BYTES = USED_ROWS * QUERY_PITCH;
+constexpr u32 RING_BYTES = TEAMS * STAGES * STAGE_BYTES;
+constexpr int OUT_STRIDE = PADDED_DIM + 4;   // floats: the lanes of a column of queries then meet different banks
+constexpr int OUT_QUADS = PADDED_DIM / 4;
+constexpr float RESCALE_BITS = 8.0f;
+constexpr u32 TAKEN = 4;
+constexpr int PARTS_AT_ONCE = 16;            // of other workers, on the way from L2 together
+
+static_assert(TILE_N % 16 == 0 && TILE_N <= WARP_SIZE, "a lane looks up the block of each key of a tile");
+static_assert(TILE_M == ROWS, "rows of a unit");
+
+// What the block knows of a sequence: every warp needs it at each new portion, and memory is busy then.
+struct Sequence {
+    u32 end;    // position in the line behind it
+    int length; // as in Rows; ~length of rows that are bad
+    int first, entry;
+};
+
+struct Shared {
+    u32 ring, queries;
+    float* outputs;
+    float2* stats;
+    Sequence* sequences;
+
+    __device__ __forceinline__ explicit Shared(uint4* base) {
+        ring = shared_address(base);
+        queries = ring + TEAMS * STAGES * STAGE_BYTES;
+        outputs = reinterpret_cast<float*>(base) + TEAMS * STAGES * (STAGE_BYTES + QUERY_BYTES) / 4;
+        stats = reinterpret_cast<float2*>(outputs + TEAMS * USED_ROWS * OUT_STRIDE);
+        sequences = reinterpret_cast<Sequence*>(stats + round_up((TEAMS + 1) * USED_ROWS, 2));
+    }
+
+    __device__ __forceinline__ Rows rows(int sequence) const {
+        const Sequence& found = sequences[sequence];
+        const bool bad = found.length < 0;
+        return {bad ? ~found.length : found.length, found.first, found.entry, bad};
+    }
+};
+
+// ---------------------------------------------------------------------------------------------- the line and its shares
+
+// One sequence's stretch of the line, the same for each of its units.
+struct Span {
+    int begin;     // first tile that any query sees
+    int tiles;     // at least one, so that a sequence without keys is still written
+    int size;      // tiles of one position: where a unit may be cut
+    int positions; // of one unit
+};
+
+__device__ __forceinline__ Tile unit_tile(const DecodeParams& p, int sequence, int unit) {
+    const int row_blocks = p.row_blocks;
+    return {sequence, unit / row_blocks, unit % row_blocks * ROWS, 0, p.seqlen_q, false};
+}
+
+__device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
+    const int shift = length - p.seqlen_q;
+    const int first = visible_keys(p, 0, shift, length).begin;
+    const int end = visible_keys(p, p.seqlen_q - 1, shift, length).end;
+    Span span;
+    span.begin = first / TILE_N;
+    span.tiles = max(ceil_div(max(end, 0), TILE_N) - span.begin, 1);
+    span.size = p.num_splits > 0 ? ceil_div(span.tiles, p.num_splits) : p.position_tiles;
+    span.positions = ceil_div(span.tiles, span.size);
+    return span;
+}
+
+// The line in shares. Each worker has one of the first tier, three quarters of a long line, and takes others when it is
+// done, because some read faster than others: those of each further tier are half as long, and the last tier is the
+// rest. A short line has one tier, and perhaps fewer shares than there are workers.
+struct Deal {
+    u32 total; // positions
+    u32 width; // shares of a tier
+    u32 last;  // tier
+
+    __device__ __forceinline__ u32 shares() const { return (last + 1) * width; }
+    // Positions from the start of a tier to the end of the line.
+    __device__ __forceinline__ u32 remaining(u32 tier) const { return tier == 0 ? total : tier > last ? 0 : total >> (tier + 1); }
+    __device__ __forceinline__ u32 start(u32 share) const {
+        const u32 tier = share / width, within = share - tier * width, left = remaining(tier), length = left - remaining(tier + 1);
+        return total - left + length / width * within + min(within, length % width);
+    }
+    // The share that has a position.
+    __device__ __forceinline__ u32 owner(u32 position) const {
+        u32 tier = 0;
+        while (total - position <= remaining(tier + 1)) ++tier;
+        const u32 left = remaining(tier), length = left - remaining(tier + 1);
+        const u32 each = length / width, more = length % width, within = position - (total - left);
+        const u32 larger = more * (each + 1);
+        return tier * width + (within < larger ? within / (each + 1) : more + (within - larger) / each);
+    }
+};
+
+// A place in the line, and what is left of a share from there on.
+struct Cursor {
+    Span span;
+    int sequence, unit; // unit: kv head and block of rows
+    int from, to;       // positions of the unit that belong to the share
+    int left;           // positions of the share from `from` on
+    u32 line;           // position of `from` in the whole line
+};
+
+__device__ __forceinline__ u32 lane_index() { return threadIdx.x % WARP_SIZE; }
+
+// The sum over the lanes up to this one.
+__device__ __forceinline__ u32 sum_through(u32 value) {
+#pragma unroll
+    for (int step = 1; step < WARP_SIZE; step *= 2) {
+        const u32 below = __shfl_up_sync(~0u, value, step);
+        if (lane_index() >= step) value += below;
+    }
+    return value;
+}
+
+__device__ __forceinline__ void bound_portion(Cursor& at) { at.to = min(at.span.positions, at.from + at.left); }
+
+// By one warp: where every sequence lies, in shared memory.
+__device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& shared) {
+    const int units = p.num_kv_heads * p.row_blocks;
+    u32 before = 0;
+#pragma unroll 1
+    for (int base = 0; base < p.batch; base += WARP_SIZE) {
+        const int b = base + lane_index();
+        const bool exists = b < p.batch;
+        const Rows rows = find_rows(p, exists ? b : 0);
+        const u32 end = before + sum_through(exists ? find_span(p, rows.length).positions * units : 0);
+        if (exists) shared.sequences[b] = {end, rows.bad ? ~rows.length : rows.length, rows.first, rows.entry};
+        before = __shfl_sync(~0u, end, WARP_SIZE - 1);
+    }
+}
+
+__device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& shared, u32 workers) {
+    Deal deal;
+    deal.total = shared.sequences[p.batch - 1].end;
+    deal.width = workers;
+    deal.last = 0;
+    while (deal.last < p.last_tier && deal.total >> (deal.last + 3) >= workers * p.least_positions) ++deal.last;
+    if (deal.last == 0) {
+        const u32 least = p.num_splits > 0 ? 1 : p.least_positions;
+        deal.width = min(workers, max((deal.total + least - 1) / least, 1u));
+        // As many for each unit, where lengths are alike, so that no share holds ends of two.
+        const u32 units = p.batch * p.num_kv_heads * p.row_blocks;
+        if (deal.width > units) deal.width -= deal.width % units;
+    }
+    return deal;
+}
+
+// To the start of a share.
+__device__ __forceinline__ void go_to_share(const DecodeParams& p, const Shared& shared, const Deal& deal, u32 share, Cursor& at) {
+    at.line = deal.start(share);
+    at.left = deal.start(share + 1) - at.line;
+    u32 holds = 0;
+    int base = -WARP_SIZE;
+    while (holds == 0) {
+        base += WARP_SIZE;
+        holds = __ballot_sync(~0u, shared.sequences[min(base + static_cast<int>(lane_index()), p.batch - 1)].end > at.line);
+    }
+    at.sequence = base + __ffs(holds) - 1;
+    at.span = find_span(p, shared.rows(at.sequence).length);
+    const u32 within = at.line - (at.sequence > 0 ? shared.sequences[at.sequence - 1].end : 0);
+    at.unit = within / at.span.positions;
+    at.from = within % at.span.positions;
+    bound_portion(at);
+}
+
+// Which shares this worker has taken: the first by its number, the others from a counter, two ahead of their use, so
+// that a barrier of the block lies between taking and looking.
+struct Taken {
+    u32* shares; // shared memory: of the n-th share at n % TAKEN
+
+    __device__ __forceinline__ u32 share(u32 ordinal) const { return shares[ordinal % TAKEN]; }
+    // By one thread, if there was one before.
+    __device__ __forceinline__ void take(const DecodeParams& p, const Deal& deal, u32 ordinal) const {
+        u32 share = deal.shares();
+        if (deal.last > 0 && shares[(ordinal - 1) % TAKEN] < deal.shares()) {
+            // Each worker counts once too often; the counter wraps to 0 for the next launch.
+            share = deal.width + atomicInc(p.counters, deal.shares() - 1);
+        }
+        shares[ordinal % TAKEN] = share;
+    }
+};
+
+// On to the next unit of the share; `left` becomes 0 behind its end.
+__device__ __forceinline__ void advance(const DecodeParams& p, const Shared& shared, Cursor& at) {
+    at.left -= at.to - at.from;
+    at.line += at.to - at.from;
+    at.from = 0;
+    if (at.left == 0) return;
+    if (++at.unit == p.num_kv_heads * p.row_blocks) {
+        at.unit = 0;
+        at.span = find_span(p, shared.rows(++at.sequence).length);
+    }
+    bound_portion(at);
+}
+
+__device__ __forceinline__ int first_tile(const Cursor& at) { return at.from * at.span.size; }
+__device__ __forceinline__ int end_tile(const Cursor& at) { return min(at.to * at.span.size, at.span.tiles); }
+
+// ---------------------------------------------------------------------------------------------- loading
+
+__device__ __forceinline__ int team() { return threadIdx.x / TEAM_THREADS; }
+__device__ __forceinline__ int team_thread() { return threadIdx.x % TEAM_THREADS; }
+
+__device__ __forceinline__ void team_sync() {
+    if constexpr (TEAM_WARPS == 1) __syncwarp();
+    else asm volatile("bar.sync %0, %1;" ::"r"(1 + team()), "n"(TEAM_THREADS) : "memory");
+}
+
+// Tiles of a portion that belong to this team: counted back from the last, in turns over blocks, then teams.
+__device__ __forceinline__ int team_tile(const Cursor& at) { return end_tile(at) - 1 - (team() * CLUSTER + cluster_rank()); }
+
+// The team's next tile to load, and the blocks of its keys, which are looked up one tile ahead.
+struct Loader {
+    Cursor at;     // at.left is 0 before the first share and behind the last
+    Keys keys;
+    u32 ordinal;   // of the share, among those of this worker; -1 before the first
+    bool ready;    // stands at a tile
+    bool looked_up;
+    bool first;    // of the team's tiles of the unit
+    int tile;
+    int block;     // paged: of key `lane % TILE_N` of the tile
+    u32 loaded;    // tiles
+};
+
+// Keys of the cache, without those that this launch appends.
+__device__ __forceinline__ int cached_keys(const DecodeParams& p, const Keys& keys) {
+    return APPEND ? max(keys.length - p.seqlen_new, 0) : keys.length;
+}
+
+__device__ __forceinline__ void look_up_block(const DecodeParams& p, Loader& load) {
+#if CACHE_KIND == CACHE_PAGED
+    const int key = (load.at.span.begin + load.tile) * TILE_N + static_cast<int>(threadIdx.x) % TILE_N;
+    load.block = -1;
+    if (key >= load.keys.needed && key < cached_keys(p, load.keys)) load.block = __ldg(load.keys.table + (key + load.keys.padding) / BLOCK_SIZE);
+#endif
+}
+
+// Go on until the loader stands at a tile of this team, or does not know how to: it looks one share ahead of the
+// one in work, `ordinal`.
+__device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& shared, const Deal& deal, const Taken& taken, u32 ordinal, Loader& load) {
+    while (!load.ready) {
+        if (load.at.left > 0) advance(p, shared, load.at);
+        if (load.at.left == 0) {
+            if (load.ordinal + 1 > ordinal + 1 || taken.share(load.ordinal + 1) >= deal.shares()) return;
+            go_to_share(p, shared, deal, taken.share(++load.ordinal), load.at);
+        }
+        load.tile = team_tile(load.at);
+        load.ready = load.first = load.tile >= first_tile(load.at);
+        const Tile tile = unit_tile(p, load.at.sequence, load.at.unit);
+        load.keys = place_keys(p, tile.sequence, shared.rows(tile.sequence), tile.head);
+        load.keys.needed = visible_keys(p, 0, load.keys.length - p.seqlen_q, load.keys.length).begin;
+    }
+}
+
+// Offsets of rows from Keys::k and Keys::v, in 16 bytes where that makes them 32-bit numbers: they go from lane to lane.
+#if WIDE_OFFSETS
+typedef i64 RowOffset;
+constexpr int OFFSET_ITEMS = 1;
+#else
+typedef int RowOffset;
+constexpr int OFFSET_ITEMS = CHUNK;
+#endif
+
+// One tile of keys and values into the ring; rows that do not exist become 0, and keys of blocks outside the cache NaN.
+// Each lane finds one row, which then as many lanes copy as it has chunks.
+__device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& load, u32 stage) {
+    constexpr int CHUNKS = TILE_N * ROW_CHUNKS;
+    const int key = (load.at.span.begin + load.tile) * TILE_N + static_cast<int>(threadIdx.x) % TILE_N;
+    const bool exists = key >= load.keys.needed && key < cached_keys(p, load.keys);
+    bool valid = exists;
+    i64 outer = 0;
+    int inner = key;
+    if (CACHE_KIND == CACHE_PAGED) {
+        valid = static_cast<u32>(load.block) < static_cast<u32>(p.cache_entries);
+        outer = load.block;
+        inner = (key + load.keys.padding) % BLOCK_SIZE;
+    }
+    const RowOffset k_row = valid ? static_cast<RowOffset>((outer * p.k_strides.outer + inner * p.k_strides.row) / OFFSET_ITEMS) : 0;
+    const RowOffset v_row = valid ? static_cast<RowOffset>((outer * p.v_strides.outer + inner * p.v_strides.row) / OFFSET_ITEMS) : 0;
+    const u32 there = __ballot_sync(~0u, valid), bad = __ballot_sync(~0u, exists && !valid);
+    if (there == ~0u) {
+#pragma unroll
+        for (int pass = 0; pass < ceil_div(CHUNKS, TEAM_THREADS); ++pass) {
+            const int index = pass * TEAM_THREADS + team_thread();
+            const int row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+            const i64 k_offset = static_cast<i64>(__shfl_sync(~0u, k_row, row)) * OFFSET_ITEMS;
+            const i64 v_offset = static_cast<i64>(__shfl_sync(~0u, v_row, row)) * OFFSET_ITEMS;
+            if (CHUNKS % TEAM_THREADS != 0 && index >= CHUNKS) continue;
+            const u32 to = stage + chunk_offset(row, chunk);
+            copy_chunk<true>(to, load.keys.k + k_offset, chunk);
+            copy_chunk<true>(to + TILE_BYTES, load.keys.v + v_offset, chunk);
+        }
+    } else {
+#pragma unroll 1
+        for (int first = 0; first < CHUNKS; first += TEAM_THREADS) {
+            const int index = first + team_thread();
+            const int row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+            const i64 k_offset = static_cast<i64>(__shfl_sync(~0u, k_row, row)) * OFFSET_ITEMS;
+            const i64 v_offset = static_cast<i64>(__shfl_sync(~0u, v_row, row)) * OFFSET_ITEMS;
+            if (CHUNKS % TEAM_THREADS != 0 && index >= CHUNKS) continue;
+            const u32 to = stage + chunk_offset(row, chunk);
+            if (bad >> row & 1) store_shared(to, make_uint4(~0u, ~0u, ~0u, ~0u)); // NaN in every format
+            else copy_chunk(to, load.keys.k + k_offset, chunk, there >> row & 1);
+            copy_chunk(to + TILE_BYTES, load.keys.v + v_offset, chunk, there >> row & 1);
+        }
+    }
+}
+
+// A chunk of 16 bytes of a query row; elements past HEAD_DIM and rows that do not exist become 0.
+__device__ __forceinline__ void copy_query_chunk(u32 to, const Element* row, int chunk, bool exists) {
+    const Element* from = row + chunk * 8;
+    if (LOAD_BYTES >= 4 && HEAD_DIM % 8 == 0) {
+        const bool there = exists && chunk * 8 < HEAD_DIM;
+#pragma unroll
+        for (int piece = 0; piece < 16; piece += LOAD_BYTES) copy_async<LOAD_BYTES>(to + piece, there ? from + piece / 2 : row, there ? LOAD_BYTES : 0);
+        return;
+    }
+    u32 words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (exists && chunk * 8 + i < HEAD_DIM) words[i / 2] |= static_cast<u32>(from[i]) << i % 2 * 16;
+    }
+    store_shared(to, make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+__device__ __forceinline__ void copy_queries(const DecodeParams& p, const Tile& tile, u32 shared) {
+    constexpr int QUERY_CHUNKS = PADDED_DIM / 8;
+#pragma unroll 1
+    for (int index = team_thread(); index < USED_ROWS * QUERY_CHUNKS; index += TEAM_THREADS) {
+        const int row = index / QUERY_CHUNKS, chunk = index % QUERY_CHUNKS;
+        const QueryRow at = find_query_row(tile, row);
+        copy_query_chunk(shared + row * QUERY_PITCH + chunk * 16, p.q + (at.exists ? query_offset(p.q_strides, tile, at) : 0), chunk, at.exists);
+    }
+}
+
+// Fill the ring as far as tiles are known. `done` tiles are used up; each tile is a group of copies. The blocks of the
+// next tile are looked up before there is room for it.
+__device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& shared, const Deal& deal, const Taken& taken, u32 ordinal, u32 done, Loader& load) {
+#pragma unroll 1
+    while (true) {
+        if (!load.looked_up) {
+            find_tile(p, shared, deal, taken, ordinal, load);
+            if (!load.ready) return;
+            look_up_block(p, load);
+            load.looked_up = true;
+        }
+        if (load.loaded - done == STAGES) return;
+        const u32 stage = team() * STAGES + load.loaded % STAGES;
+        if (load.first) copy_queries(p, unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
+        load_tile(p, load, shared.ring + stage * STAGE_BYTES);
+        commit_copies();
+        ++load.loaded;
+        load.tile -= TEAMS * CLUSTER;
+        load.first = load.looked_up = false;
+        load.ready = load.tile >= first_tile(load.at);
+    }
+}
+
+// Wait until the oldest of `pending` tiles has arrived.
+__device__ __forceinline__ void wait_tile(u32 pending) {
+    if (pending == STAGES) wait_copies<STAGES - 1>();
+    else if (pending == 2) wait_copies<1>();
+    else wait_copies<0>();
+}
+
+// ---------------------------------------------------------------------------------------------- queries
+
+// What a warp holds of a unit's queries: column 8 r + lane / 4 of its products is row `row(r)` of the unit.
+struct Queries {
+    u32 fragment[D_TILES][ROW_TILES][2];
+};
+
+__device__ __forceinline__ int warp_row() { return threadIdx.x / WARP_SIZE % TEAM_WARPS * WARP_ROWS; }
+
+// The row of the unit in column i of accumulator column tile r of this lane.
+__device__ __forceinline__ int lane_row(int r, int i) { return warp_row() + 8 * r + threadIdx.x % 4 * 2 + i; }
+
+#if ROTARY
+// Turns the queries of a unit where they lie.
+__device__ __forceinline__ void rotate_queries(const DecodeParams& p, const Tile& tile, int used, u32 shared) {
+    constexpr int PAIRS = ROTARY_DIM / 2;
+#pragma unroll 1
+    for (int index = team_thread(); index < USED_ROWS * PAIRS; index += TEAM_THREADS) {
+        const int row = index / PAIRS, pair = index % PAIRS;
+        const QueryRow at = find_query_row(tile, row);
+        if (!at.exists) continue;
+        const float2 angle = rotary_angle(p, used + (p.rotary_per_query ? at.token : 0), pair);
+        const int2 dims = rotary_pair(pair);
+        const u32 a = shared + row * QUERY_PITCH + dims.x * 2, b = shared + row * QUERY_PITCH + dims.y * 2;
+        const float2 turned = rotate_pair(to_float(load_shared_half(a)), to_float(load_shared_half(b)), angle.x, angle.y);
+        store_shared_half(a, from_float(turned.x));
+        store_shared_half(b, from_float(turned.y));
+    }
+    team_sync();
+}
+#endif
+
+#if KV_FLOAT8
+// The power of two that brings a row's largest element to 1..2, so that float16 holds its elements; 1 for float16.
+__device__ __forceinline__ float query_power(float largest) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const u32 exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+    return DTYPE == DTYPE_BFLOAT16 ? __uint_as_float((254 - exponent) << 23) : 1.0f;
+}
+#endif
+
+// The fragments of a warp's rows. For an 8-bit cache rows become float16, times a power of two that `factor` undoes.
+__device__ __forceinline__ void load_queries(const DecodeParams& p, const Tile& tile, u32 shared, Queries& queries, float (&factor)[ROW_TILES][2]) {
+    const u32 lane = lane_index();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+        // Columns past the rows in use repeat the last of them, and nobody looks at what they give.
+        const u32 row = shared + min(warp_row() + 8 * r + (KV_FLOAT8 ? lane / 4 : lane % 8), USED_ROWS - 1) * QUERY_PITCH;
+#if !KV_FLOAT8
+#pragma unroll
+        for (int d = 0; d < D_TILES; ++d) load_matrix_pair(queries.fragment[d][r], row + lane / 8 % 2 * 16 + d * 32);
+#else
+        float largest = 0.0f;
+#pragma unroll
+        for (int d = 0; d < D_TILES; ++d)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const u32 word = load_shared_word(row + d * 32 + lane % 4 * 8 + half * 4);
+                queries.fragment[d][r][half] = word;
+                largest = fmaxf(largest, fmaxf(fabsf(to_float(word & 0xffff)), fabsf(to_float(word >> 16))));
+            }
+        const float up = query_power(largest);
+#pragma unroll
+        for (int d = 0; d < D_TILES; ++d)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const u32 word = queries.fragment[d][r][half];
+                queries.fragment[d][r][half] = pack_operands(to_float(word & 0xffff) * up, to_float(word >> 16) * up);
+            }
+        const float own = key_scale(p, tile.head) / up; // of query lane / 4; a lane's products are of two others
+#pragma unroll
+        for (int i = 0; i < 2; ++i) factor[r][i] = __shfl_sync(~0u, own, (lane % 4 * 2 + i) * 4);
+#endif
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- arithmetic
+
+// A warp's accumulators. Index [r][i] is query lane_row(r, i); out[d][r][2 h + i] is element out_dim(d, h) of it.
+struct State {
+    float out[D_TILES][ROW_TILES][4];
+    float maximum[ROW_TILES][2]; // alike in all lanes of a query
+    float sum[ROW_TILES][2];     // of this lane's keys only, until the end
+};
+
+__device__ __forceinline__ int out_dim(int d, int h) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    return !KV_FLOAT8 ? 16 * d + 8 * h + lane / 4 : 16 * d + lane / 4 * 2 + h;
+}
+
+__device__ __forceinline__ void clear(State& state) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            state.maximum[r][i] = -infinity();
+            state.sum[r][i] = 0.0f;
+        }
+#pragma unroll
+        for (int d = 0; d < D_TILES; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.out[d][r][i] = 0.0f;
+    }
+}
+
+// scores[m][r][2 h + i]: key 16 m + 8 h + lane / 4 of the tile for query lane_row(r, i).
+__device__ __forceinline__ void multiply_keys(float (&scores)[M_TILES][ROW_TILES][4], const Queries& queries, u32 k) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[m][r][i] = 0.0f;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            u32 raw[4];
+            load_matrices(raw, step_address(k, lane % 16, lane / 16, step) + m * 16 * ROW_BYTES);
+#if !KV_FLOAT8
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) mma_16x8x16(scores[m][r], raw, queries.fragment[step][r][0], queries.fragment[step][r][1]);
+#else
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 a[4];
+                widen_adjacent(raw[2 * half], a[0], a[2]);
+                widen_adjacent(raw[2 * half + 1], a[1], a[3]);
+                const int d = 2 * step + half;
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r) mma_16x8x16(scores[m][r], a, queries.fragment[d][r][0], queries.fragment[d][r][1]);
+            }
+#endif
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_values(State& state, const float (&weights)[M_TILES][ROW_TILES][4], u32 v) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+        u32 b[ROW_TILES][2];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) b[r][h] = transpose_matrix(pack_operands(weights[m][r][2 * h], weights[m][r][2 * h + 1]));
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            u32 raw[4];
+            load_matrices_transposed(raw, step_address(v, lane % 8 + lane / 16 * 8, lane / 8 % 2, step) + m * 16 * ROW_BYTES);
+#if !KV_FLOAT8
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r) mma_16x8x16(state.out[step][r], raw, b[r][0], b[r][1]);
+#else
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 a[4];
+                widen_alternate(raw[half], a[0], a[1]);
+                widen_alternate(raw[2 + half], a[2], a[3]);
+#pragma unroll
+                for (int r = 0; r < ROW_TILES; ++r) mma_16x8x16(state.out[2 * step + half][r], a, b[r][0], b[r][1]);
+            }
+#endif
+        }
+    }
+}
+
+// Scale, soft cap, bias and, where `masked`, -infinity for the keys that a query does not see.
+__device__ __forceinline__ void shape_scores(const DecodeParams& p, const Tile& tile, int seqlen_k, int first_key, bool masked, const float (&factor)[ROW_TILES][2], const float (&slope)[ROW_TILES][2], float (&scores)[M_TILES][ROW_TILES][4]) {
+    const int shift = seqlen_k - p.seqlen_q;
+    const int lane_key = first_key + threadIdx.x % WARP_SIZE / 4;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int token = find_query_row(tile, lane_row(r, i)).token;
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float& score = scores[m][r][2 * h + i];
+                    if (KV_FLOAT8) score *= factor[r][i];
+                    if (SOFTCAP || ALIBI || SCALE_FIRST) score = transform_score(p, score, slope[r][i], token + shift - (lane_key + 16 * m + 8 * h));
+                }
+            if (masked) {
+                const KeyRange range = visible_keys(p, token, shift, seqlen_k);
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int key = lane_key + 16 * m + 8 * h;
+                        if (key >= range.end || (MASK && key < range.begin)) scores[m][r][2 * h + i] = -infinity();
+                    }
+            }
+        }
+}
+
+// Over the eight lanes that hold the same queries.
+__device__ __forceinline__ float query_maximum(float value) {
+#pragma unroll
+    for (int step = 4; step < WARP_SIZE; step *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+__device__ __forceinline__ float query_sum(float value) {
+#pragma unroll
+    for (int step = 4; step < WARP_SIZE; step *= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+// Turns scores into weights, and brings the running maximum, sum and output to the same footing.
+__device__ __forceinline__ void online_softmax(State& state, float (&scores)[M_TILES][ROW_TILES][4], float unit) {
+    float best[ROW_TILES][2];
+    bool raise = false;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            best[r][i] = fmaxf(scores[0][r][i], scores[0][r][2 + i]);
+#pragma unroll
+            for (int m = 1; m < M_TILES; ++m) best[r][i] = fmaxf(best[r][i], fmaxf(scores[m][r][i], scores[m][r][2 + i]));
+            raise |= (best[r][i] - state.maximum[r][i]) * unit > RESCALE_BITS;
+        }
+    if (__any_sync(~0u, raise)) {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float raised = fmaxf(state.maximum[r][i], query_maximum(best[r][i]));
+                // A row that has seen no key yet holds only zeros: any finite correction will do.
+                const float correction = raised == -infinity() ? 1.0f : exp2_approx((state.maximum[r][i] - raised) * unit);
+                state.maximum[r][i] = raised;
+                state.sum[r][i] *= correction;
+#pragma unroll
+                for (int d = 0; d < D_TILES; ++d) {
+                    state.out[d][r][i] *= correction;
+                    state.out[d][r][2 + i] *= correction;
+                }
+            }
+    }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float offset = state.maximum[r][i] == -infinity() ? 0.0f : state.maximum[r][i] * unit;
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float& score = scores[m][r][2 * h + i];
+                    score = exp2_approx(fmaf(score, unit, -offset));
+                    state.sum[r][i] += score;
+                }
+        }
+}
+
+// ---------------------------------------------------------------------------------------------- new keys and values
+
+// How many tokens a sequence held before this call: the position of its first new one, padding counted.
+__device__ __forceinline__ int tokens_before(const DecodeParams& p, int sequence) {
+    return p.seqused_k != nullptr ? p.seqused_k[sequence] : static_cast<int>(p.uniform_length);
+}
+
+#if APPEND
+#if KV_FLOAT8
+__device__ __forceinline__ KvElement stored(Element value, float scale) { return to_fp8(to_float(value) / scale); }
+__device__ __forceinline__ void put_element(u32 to, KvElement value) { store_shared_byte(to, value); }
+#else
+__device__ __forceinline__ KvElement stored(Element value, float) { return value; }
+__device__ __forceinline__ void put_element(u32 to, KvElement value) { store_shared_half(to, value); }
+#endif
+
+// Puts the new rows of a tile into shared memory, and from the first block of query rows into the cache as well.
+__device__ __forceinline__ void insert_new_rows(const DecodeParams& p, const Tile& tile, const Keys& keys, int used, int first, u32 stage) {
+    constexpr int PAIRS = ceil_div(HEAD_DIM, 2);
+    const int cached = cached_keys(p, keys);
+    const int begin = max(first, cached), end = min(first + TILE_N, keys.length);
+    const auto row_of = [&](const Element* base, const Strides& strides, int row) { return base + tile.sequence * strides.outer + row * strides.row + tile.head * strides.head; };
+#pragma unroll 1
+    for (int index = team_thread(); index < (end - begin) * PAIRS; index += TEAM_THREADS) {
+        const int key = begin + index / PAIRS, pair = index % PAIRS;
+        const Element* k_row = row_of(p.k_new, p.k_new_strides, key - cached);
+        const Element* v_row = row_of(p.v_new, p.v_new_strides, key - cached);
+        int2 dims = make_int2(2 * pair, 2 * pair + 1);
+#if ROTARY
+        const bool turns = pair < ROTARY_DIM / 2;
+        if (turns) dims = rotary_pair(pair);
+#endif
+        const bool both = dims.y < HEAD_DIM;
+        Element k0 = k_row[dims.x], k1 = both ? k_row[dims.y] : 0;
+        const Element v0 = v_row[dims.x], v1 = both ? v_row[dims.y] : 0;
+#if ROTARY
+        if (turns) {
+            const float2 angle = rotary_angle(p, used + key - cached, pair);
+            const float2 turned = rotate_pair(to_float(k0), to_float(k1), angle.x, angle.y);
+            k0 = from_float(turned.x);
+            k1 = from_float(turned.y);
+        }
+#endif
+        KvElement keys_stored[2] = {stored(k0, key_scale(p, tile.head)), stored(k1, key_scale(p, tile.head))};
+        const KvElement values_stored[2] = {stored(v0, value_scale(p, tile.head)), stored(v1, value_scale(p, tile.head))};
+        bool valid;
+        const i64 k_offset = key_offset(p, keys, p.k_strides, key, valid);
+        const i64 v_offset = key_offset(p, keys, p.v_strides, key, valid);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int d = i == 0 ? dims.x : dims.y;
+            if (i == 1 && !both) break;
+            if (valid && !keys.bad && tile.first_row == 0) {
+                const_cast<KvElement*>(keys.k)[k_offset + d] = keys_stored[i];
+                const_cast<KvElement*>(keys.v)[v_offset + d] = values_stored[i];
+            }
+            const u32 to = stage + chunk_offset(key - first, d / CHUNK) + d % CHUNK * ITEM_BYTES;
+            put_element(to, valid ? keys_stored[i] : static_cast<KvElement>(~0u)); // or NaN
+            put_element(to + TILE_BYTES, values_stored[i]);
+        }
+    }
+    team_sync();
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------- merging
+
+// Sums of four output elements of one row.
+struct Sums {
+    float4 out;
+    float maximum, sum; // the maximum in powers of two
+};
+
+// Adds up `count` parts, BATCH at a time; stats(i) gives a part's maximum and sum, out(i) its output.
+template <int BATCH, typename Stats, typename Out>
+__device__ __forceinline__ Sums merge_parts(int count, Stats stats, Out out) {
+    Sums sums = {make_float4(0, 0, 0, 0), -infinity(), 0};
+#pragma unroll 1
+    for (int first = 0; first < count; first += BATCH) {
+        float2 part[BATCH];
+        float4 value[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            part[i] = first + i < count ? stats(first + i) : make_float2(-infinity(), 0);
+            value[i] = first + i < count ? out(first + i) : make_float4(0, 0, 0, 0);
+        }
+        float raised = sums.maximum;
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) raised = fmaxf(raised, part[i].x);
+        const float offset = raised == -infinity() ? 0.0f : raised;
+        const float mine = exp2_approx(sums.maximum - offset);
+        sums = {make_float4(sums.out.x * mine, sums.out.y * mine, sums.out.z * mine, sums.out.w * mine), raised, sums.sum * mine};
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const float weight = exp2_approx(part[i].x - offset);
+            sums.sum = fmaf(part[i].y, weight, sums.sum);
+            sums.out.x = fmaf(value[i].x, weight, sums.out.x);
+            sums.out.y = fmaf(value[i].y, weight, sums.out.y);
+            sums.out.z = fmaf(value[i].z, weight, sums.out.z);
+            sums.out.w = fmaf(value[i].w, weight, sums.out.w);
+        }
+    }
+    return sums;
+}
+
+// Leaves a team's sums in shared memory.
+__device__ __forceinline__ void put_state(const Shared& shared, State& state, float unit) {
+    float* out = shared.outputs + team() * USED_ROWS * OUT_STRIDE;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = lane_row(r, i);
+            const float sum = query_sum(state.sum[r][i]);
+            if (row >= USED_ROWS) continue;
+            if (lane_index() < 4) shared.stats[team() * USED_ROWS + row] = make_float2(state.maximum[r][i] * unit, sum);
+#pragma unroll
+            for (int d = 0; d < D_TILES; ++d)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) out[row * OUT_STRIDE + out_dim(d, h)] = state.out[d][r][2 * h + i];
+        }
+}
+
+// Divides a row's sums and writes four elements of its output.
+__device__ __forceinline__ void write_result(const DecodeParams& p, const Tile& tile, int row, int quad, const Sums& sums, bool poison) {
+    const QueryRow at = find_query_row(tile, row);
+    const RowResult result = finish_row(p, at.head, sums.maximum, sums.sum, poison);
+    const float scale = result.scale * (!KV_FLOAT8 ? 1.0f : value_scale(p, tile.head));
+    Element* to = p.out + query_offset(p.o_strides, tile, at) + 4 * quad;
+    const float values[4] = {sums.out.x * scale, sums.out.y * scale, sums.out.z * scale, sums.out.w * scale};
+    if (STORE_BYTES >= 8 && 4 * quad + 4 <= HEAD_DIM) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack(values[0], values[1]), pack(values[2], values[3]));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (4 * quad + i < HEAD_DIM) to[i] = from_float(values[i]);
+        }
+    }
+    if (p.lse != nullptr && quad == 0) p.lse[lse_offset(p, tile, at)] = result.lse;
+}
+
+// Sums of a portion in the workspace: a share has at most two that are not whole, the head of a unit that goes on in
+// the next share, and what precedes it.
+struct Partial {
+    float4* out;   // [USED_ROWS][OUT_QUADS]
+    float2* stats; // [USED_ROWS]
+};
+
+__device__ __forceinline__ Partial find_partial(const DecodeParams& p, u32 share, bool head) {
+    float* base = p.partials + (2 * static_cast<i64>(share) + head) * USED_ROWS * (PADDED_DIM + 4); // whole 16 bytes
+    return {reinterpret_cast<float4*>(base), reinterpret_cast<float2*>(base + USED_ROWS * PADDED_DIM)};
+}
+
+// Calls visit(row, quad) for this thread's share of this block's slice of `rows` rows.
+template <typename Visit>
+__device__ __forceinline__ void for_each_quad(int rows, Visit visit) {
+    const int each = ceil_div(rows * OUT_QUADS, CLUSTER);
+    const int begin = cluster_rank() * each, end = min(begin + each, rows * OUT_QUADS);
+    for (int index = begin + threadIdx.x; index < end; index += THREADS) visit(index / OUT_QUADS, index % OUT_QUADS);
+}
+
+// The sums of the teams of this block that had tiles.
+__device__ __forceinline__ Sums sum_teams(const Shared& shared, int row, int quad, int active) {
+    return merge_parts<TEAMS>(
+        active, [&](int source) { return shared.stats[source * USED_ROWS + row]; },
+        [&](int source) { return *reinterpret_cast<const float4*>(shared.outputs + (source * USED_ROWS + row) * OUT_STRIDE + 4 * quad); });
+}
+
+// The same over the blocks of the cluster, once each has left its sums in its first team's place.
+__device__ __forceinline__ Sums sum_blocks(const Shared& shared, int row, int quad) {
+    const u32 out = shared_address(shared.outputs + row * OUT_STRIDE + 4 * quad);
+    const u32 stats = shared_address(shared.stats + TEAMS * USED_ROWS + row);
+    return merge_parts<CLUSTER>(
+        CLUSTER, [&](int rank) { return load_cluster_pair(cluster_address(stats, rank)); },
+        [&](int rank) { return load_cluster_quad(cluster_address(out, rank)); });
+}
+
+__device__ __forceinline__ void leave_block_sums(const Shared& shared, int rows, int active) {
+    for (int index = threadIdx.x; index < rows * OUT_QUADS; index += THREADS) {
+        const int row = index / OUT_QUADS, quad = index % OUT_QUADS;
+        const Sums sums = sum_teams(shared, row, quad, active);
+        *reinterpret_cast<float4*>(shared.outputs + row * OUT_STRIDE + 4 * quad) = sums.out;
+        if (quad == 0) shared.stats[TEAMS * USED_ROWS + row] = make_float2(sums.maximum, sums.sum);
+    }
+}
+
+// Adds 1 to a counter that goes from `most` back to 0, and returns what it was. What this block wrote before is seen by
+// whoever counts later.
+__device__ __forceinline__ u32 increment_wrapping(u32* counter, u32 most) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+    return before;
+}
+
+// Merge a finished portion over teams, blocks and workers, and write what is complete.
+__device__ __forceinline__ void merge_portion(const DecodeParams& p, const Shared& shared, const Tile& tile, const Cursor& at, const Deal& deal, u32 share, bool poison) {
+    __shared__ bool last;
+    const int rows = min(ROWS, p.seqlen_q * GROUP - tile.first_row);
+    const int active = clamp(ceil_div(end_tile(at) - first_tile(at) - cluster_rank(), CLUSTER), 0, TEAMS);
+    __syncthreads(); // all teams have put their sums
+    if constexpr (CLUSTER > 1) {
+        leave_block_sums(shared, rows, active);
+        cluster_arrive();
+        cluster_wait();
+    }
+    const bool whole = at.from == 0 && at.to == at.span.positions;
+    const Partial own = find_partial(p, share, at.from == 0);
+    for_each_quad(rows, [&](int row, int quad) {
+        const Sums sums = CLUSTER == 1 ? sum_teams(shared, row, quad, active) : sum_blocks(shared, row, quad);
+        if (whole) {
+            write_result(p, tile, row, quad, sums, poison);
+        } else {
+            __stcg(own.out + row * OUT_QUADS + quad, sums.out);
+            __stcg(own.stats + row, make_float2(sums.maximum, sums.sum)); // each slice that has some of the row
+        }
+    });
+    cluster_arrive(); // this block has read the others' sums
+    if (!whole) {
+        const u32 first = deal.owner(at.line - at.from);
+        const u32 others = deal.owner(at.line - at.from + at.span.positions - 1) - first;
+        __syncthreads();
+        // The counter wraps to 0 for the next launch.
+        if (threadIdx.x == 0) last = increment_wrapping(p.counters + 1 + first * CLUSTER + cluster_rank(), others) == others;
+        __syncthreads();
+        if (last) {
+            for_each_quad(rows, [&](int row, int quad) {
+                const auto from = [&](int other) { return find_partial(p, first + other, other == 0); };
+                const Sums sums = merge_parts<PARTS_AT_ONCE>(
+                    others + 1, [&](int other) { return __ldcg(from(other).stats + row); },
+                    [&](int other) { return __ldcg(from(other).out + row * OUT_QUADS + quad); });
+                write_result(p, tile, row, quad, sums, poison);
+            });
+        }
+    } else {
+        __syncthreads();
+    }
+    cluster_wait();
+}
+
+// ---------------------------------------------------------------------------------------------- the kernel
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode(const __grid_constant__ DecodeParams p) {
+    extern __shared__ __align__(1024) uint4 shared_memory[];
+    const Shared shared(shared_memory);
+
+    __shared__ u32 taken_shares[TAKEN];
+    const Taken taken = {taken_shares};
+    const u32 worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
+    if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
+    __syncthreads();
+    const Deal deal = find_deal(p, shared, workers);
+    if (worker >= deal.width) return;
+    if (threadIdx.x == 0) {
+        taken.shares[0] = worker;
+        taken.take(p, deal, 1);
+    }
+    __syncthreads();
+
+    const float unit = score_unit(p);
+    Loader load;
+    load.at.left = 0;
+    load.ordinal = ~0u;
+    load.ready = load.looked_up = false;
+    load.loaded = 0;
+    u32 done = 0; // tiles
+    for (u32 ordinal = 0; taken.share(ordinal) < deal.shares(); ++ordinal) {
+        const u32 share = taken.share(ordinal);
+        if (threadIdx.x == 0) taken.take(p, deal, ordinal + 2);
+        Cursor at;
+        for (go_to_share(p, shared, deal, share, at); at.left > 0; advance(p, shared, at)) {
+            const Tile tile = unit_tile(p, at.sequence, at.unit);
+            const Keys keys = place_keys(p, tile.sequence, shared.rows(tile.sequence), tile.head);
+            const int seqlen_k = keys.length, shift = seqlen_k - p.seqlen_q;
+            const int before = tokens_before(p, tile.sequence);
+            const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
+            const KeyRange last_sees = visible_keys(p, min((tile.first_row + ROWS - 1) / GROUP, p.seqlen_q - 1), shift, seqlen_k);
+            Queries queries;
+            float factor[ROW_TILES][2], slope[ROW_TILES][2];
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) slope[r][i] = alibi_slope(p, tile, find_query_row(tile, lane_row(r, i)));
+            State state;
+            clear(state);
+            const int own_first = team_tile(at);
+            for (int t = own_first;; t -= TEAMS * CLUSTER) {
+                fill_ring(p, shared, deal, taken, ordinal, done, load);
+                if (t < first_tile(at)) break;
+                const u32 stage = team() * STAGES + done % STAGES;
+                const u32 from = shared.ring + stage * STAGE_BYTES;
+                const int first_key = (at.span.begin + t) * TILE_N;
+                wait_tile(load.loaded - done);
+                team_sync(); // the tile has arrived for all of the team
+                if (t == own_first) {
+#if ROTARY
+                    rotate_queries(p, tile, before, shared.queries + stage * QUERY_BYTES);
+#endif
+                    load_queries(p, tile, shared.queries + stage * QUERY_BYTES, queries, factor);
+                }
+#if APPEND
+                if (first_key + TILE_N > cached_keys(p, keys)) insert_new_rows(p, tile, keys, before, first_key, from);
+#endif
+                float scores[M_TILES][ROW_TILES][4];
+                multiply_keys(scores, queries, from);
+                const bool masked = first_key + TILE_N > first_sees.end || first_key < last_sees.begin;
+                shape_scores(p, tile, seqlen_k, first_key, masked, factor, slope, scores);
+                online_softmax(state, scores, unit);
+                multiply_values(state, scores, from + TILE_BYTES);
+                team_sync(); // all of the team are done with the tile
+                ++done;
+            }
+            if (own_first >= first_tile(at)) put_state(shared, state, unit);
+            merge_portion(p, shared, tile, at, deal, share, keys.bad);
+        }
+    }
+    wait_copies<0>();
+}
