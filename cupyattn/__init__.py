@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from .attention import append_kv, attention, attention_varlen, attention_with_kvcache
+from .decode_plan import DecodePlan
 from .explain import Explanation, explain
 from .ragged import RaggedArray
 from .rotary import apply_rotary
 from .states import merge_states
 
 __all__ = [
+    "DecodePlan",
     "Explanation",
     "RaggedArray",
     "append_kv",

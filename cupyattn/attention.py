@@ -425,7 +425,7 @@ def append_kv(
 
 
 @dataclass(frozen=True, slots=True)
-class _Extents:
+class Extents:
     """Where an append reads and writes, relative to its arrays' addresses."""
 
     reaches: tuple[int, ...]  # bytes from pointer to lowest and behind highest, of k_cache, v_cache, k, v and q
@@ -441,7 +441,7 @@ class Call:
     out_dtype: str
     lse_shape: tuple[int, ...]
     lse_dtype: str
-    extents: _Extents | None  # None: nothing is appended
+    extents: Extents | None  # None: nothing is appended
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +450,7 @@ class _Appending:
 
     append: Append
     run: Callable[[AppendOperands, int], None]
-    extents: _Extents | None
+    extents: Extents | None
 
 
 _HELD = 4096  # forms of call remembered; the oldest are forgotten first
@@ -508,7 +508,7 @@ def find_call(
         remember(key, call)
     check_results(operands, call.out_dtype, names)
     if call.extents is not None:
-        _refuse_shared(call.extents, k.pointer, v.pointer, operands.k_new.pointer, operands.v_new.pointer, q.pointer)
+        refuse_shared(call.extents, k.pointer, v.pointer, operands.k_new.pointer, operands.v_new.pointer, q.pointer)
     return call
 
 
@@ -601,7 +601,7 @@ def _find_append(operands: AppendOperands, options: tuple) -> _Appending:
         appending = _prepare_append(operands, options)
         remember(key, appending)
     if appending.extents is not None:
-        _refuse_shared(appending.extents, k_cache.pointer, v_cache.pointer, k.pointer, v.pointer, 0)
+        refuse_shared(appending.extents, k_cache.pointer, v_cache.pointer, k.pointer, v.pointer, 0)
     return appending
 
 
@@ -640,7 +640,7 @@ def _append_runner(append: Append, device: int, precise: bool) -> Callable[[Appe
     return _on_host(partial(append_on_host, append, precision=np.float64 if precise else np.float32))
 
 
-def _extents(append: Append, operands: AppendOperands, q: View | None) -> _Extents | None:
+def _extents(append: Append, operands: AppendOperands, q: View | None) -> Extents | None:
     """None where nothing is written."""
     if not append.total_new:
         return None
@@ -650,7 +650,7 @@ def _extents(append: Append, operands: AppendOperands, q: View | None) -> _Exten
         reaches += reach(found.shape, found.strides, ITEMSIZE[found.dtype])
     reaches += (0, 0) if q is None else reach(q.shape, q.strides, ITEMSIZE[q.dtype])
     alike = append.cache.k_strides == append.cache.v_strides
-    return _Extents(tuple(reaches), (cache.shape, cache.strides, append.kv_itemsize) if alike else None)
+    return Extents(tuple(reaches), (cache.shape, cache.strides, append.kv_itemsize) if alike else None)
 
 
 def check_caches(problem: Problem, operands: Operands) -> None:
@@ -658,10 +658,10 @@ def check_caches(problem: Problem, operands: Operands) -> None:
     extents = None if problem.append is None else _extents(problem.append, operands.appending(), operands.q)
     if extents is not None:
         found = operands.k, operands.v, operands.k_new, operands.v_new, operands.q
-        _refuse_shared(extents, *(view.pointer for view in found))
+        refuse_shared(extents, *(view.pointer for view in found))
 
 
-def _refuse_shared(extents: _Extents, k_cache: int, v_cache: int, k: int, v: int, q: int) -> None:
+def refuse_shared(extents: Extents, k_cache: int, v_cache: int, k: int, v: int, q: int) -> None:
     """Refuse caches that share memory, unless they interleave, and rows to be read that lie among a cache's."""
     k_low, k_high, v_low, v_high, new_k_low, new_k_high, new_v_low, new_v_high, q_low, q_high = extents.reaches
     k_low += k_cache

@@ -83,12 +83,12 @@ class Explanation:
         lines = [f"{self.kernel} on {self.device}", f"  {self.shape}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         if self.tile is not None:
-            spills = f", {_count(self.spill_bytes, 'byte')} spilled" if self.spill_bytes else ", no spills"
+            spills = f", {counted(self.spill_bytes, 'byte')} spilled" if self.spill_bytes else ", no spills"
             lines += [
-                f"  tile {self.tile}; {_count(self.grid, 'block')} of {_count(self.threads, 'thread')}",
-                f"  {_count(self.registers, 'register')} a thread{spills}; "
+                f"  tile {self.tile}; {counted(self.grid, 'block')} of {counted(self.threads, 'thread')}",
+                f"  {counted(self.registers, 'register')} a thread{spills}; "
                 f"{self.shared_bytes / 1024:.1f} KiB shared memory; "
-                f"{_count(self.blocks_per_multiprocessor, 'block')} on a multiprocessor",
+                f"{counted(self.blocks_per_multiprocessor, 'block')} on a multiprocessor",
             ]
         lines.append(f"  work {_si(self.flops, 'FLOP')}, {_si(self.bytes, 'B')} at least through memory")
         if self.roofline_seconds is not None:
@@ -216,11 +216,11 @@ def explain(
         device = describe_device(operands.q.device)
     place = "cpu" if device is None else f"{device.name} (sm_{device.arch})"
     if not problem.batch or not problem.total_q:
-        return Explanation("none", place, ("there is no query: nothing is launched",), _shape(problem), flops, moved)
+        return Explanation("none", place, ("there is no query: nothing is launched",), in_words(problem), flops, moved)
     if device is None:
         name = "numpy" if kernel == "auto" else kernel
         reason = "the arrays are on the CPU: NumPy in blocks, memory linear in the lengths"
-        return Explanation(name, place, (reason,), _shape(problem), flops, moved)
+        return Explanation(name, place, (reason,), in_words(problem), flops, moved)
     return _explain_launch(problem, device, kernel, flops, moved)
 
 
@@ -246,11 +246,11 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
         kernel=made.kernel,
         device=f"{device.name} (sm_{device.arch})",
         reasons=made.reasons,
-        shape=_shape(problem),
+        shape=in_words(problem),
         flops=flops,
         bytes=moved,
-        tile=f"{_count(made.tile_rows, 'row')} x {_count(made.tile_keys, 'key')}, "
-        f"{_count(made.warps, 'warp')}, {_count(made.stages, 'stage')}",
+        tile=f"{counted(made.tile_rows, 'row')} x {counted(made.tile_keys, 'key')}, "
+        f"{counted(made.warps, 'warp')}, {counted(made.stages, 'stage')}",
         grid=made.grid,
         threads=made.threads,
         registers=meta["registers"],
@@ -315,17 +315,19 @@ def _moved_bytes(problem: Problem, keys: int) -> int:
     return (2 * rows + 2 * keys * problem.num_kv_heads) * problem.head_dim * problem.itemsize + lse
 
 
-def _shape(problem: Problem) -> str:
+def in_words(problem: Problem) -> str:
+    """A problem's sizes for people: "batch 2, 1 query, dense keys, …"."""
     rows, kind = (problem.total_q, "packed query") if problem.packed_q else (problem.seqlen_q, "query")
     keys = {"dense": "dense", "packed": "packed", "paged": f"paged (blocks of {problem.cache.block_size})"}[
         problem.cache.kind
     ]
-    heads = f"{_count(problem.num_heads, 'head')} over {_count(problem.num_kv_heads, 'kv head')}"
+    heads = f"{counted(problem.num_heads, 'head')} over {counted(problem.num_kv_heads, 'kv head')}"
     numbers = f"head_dim {problem.head_dim}, {problem.dtype}"
-    return f"batch {problem.batch}, {_count(rows, kind)}, {keys} keys, {heads}, {numbers}"
+    return f"batch {problem.batch}, {counted(rows, kind)}, {keys} keys, {heads}, {numbers}"
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """The number and the noun in its number: "1 query", "2 queries"."""
     plural = noun.removesuffix("y") + "ies" if noun.endswith("ry") else noun + "s"
     return f"{number} {noun if number == 1 else plural}"
 

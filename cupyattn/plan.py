@@ -132,8 +132,6 @@ class Plan:
     reasons: tuple[str, ...]  # why, in sentences
     cluster: int = 1  # blocks that work on one share of the keys
     row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
-    least_positions: int = 0  # decode: tiles that a share has at least
-    position_tiles: int = 0  # decode: tiles between two places where work can be cut
     last_tier: int = 0  # decode: of shares, that workers take one by one when they are done with their first
     workspace_bytes: int = 0  # decode: for the sums of keys that several workers share
 
@@ -159,9 +157,8 @@ COUNTER_BYTES = 32 << 10  # at the start of decode's workspace: a counter for ea
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
 # (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits.
-DECODE_SHAPES = ((2, 2, 4), (3, 1, 4), (2, 1, 4), (2, 2, 2), (2, 1, 2), (2, 1, 8), (1, 1, 8), (2, 1, 1), (1, 1, 1))
-# Blocks of a cluster, by the most (sequence, kv head) units that leave multiprocessors without a unit of their own.
-CLUSTERS = ((16, 8), (33, 4))
+DECODE_SHAPES = ((2, 2, 4), (2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
+SMALL_CACHE = 20 << 20  # bytes that one read of takes about as long as splitting and merging
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
@@ -345,6 +342,9 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("STAGES", tile.stages),
         ("CLUSTER", tile.cluster),
         ("BLOCKS", tile.blocks),
+        ("ROW_BLOCKS", row_blocks),
+        ("POSITION_TILES", 0 if problem.num_splits else position_tiles),
+        ("LEAST_POSITIONS", 1 if problem.num_splits else _ceil_div(tile.least, position_tiles)),
         ("WIDE_OFFSETS", int(_wide_offsets(problem))),
         ("GROUP", problem.group),
         ("PACKED_Q", 0),
@@ -376,8 +376,6 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         reasons=tuple(reasons),
         cluster=tile.cluster,
         row_blocks=row_blocks,
-        least_positions=_ceil_div(tile.least, position_tiles),
-        position_tiles=position_tiles,
         last_tier=tile.tiers - 1,
         workspace_bytes=COUNTER_BYTES + shares * 2 * used_rows * (padded + 4) * 4,
     )
@@ -394,25 +392,46 @@ def _wide_offsets(problem: Problem) -> bool:
 def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> DecodeTile:
     rows = problem.seqlen_q * problem.group
     columns = _ceil_div(rows, 8)
-    row_tiles = min(2 if padded_dim <= 128 else 1, columns)  # more would not fit the registers
     itemsize = problem.kv_itemsize
     keys = 32 if padded_dim * itemsize <= 128 else 16
+    # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything.
     team_warps = 1
-    while team_warps < 8 and team_warps * row_tiles < columns:
+    while team_warps < 8 and team_warps < columns:
         team_warps *= 2
-    units = problem.batch * problem.num_kv_heads * _ceil_div(rows, 8 * row_tiles * team_warps)
-    cluster = 1 if device.capability < 90 else next((c for most, c in CLUSTERS if units <= most), 1)
-    candidates = (
-        DecodeTile(max(1, warps // team_warps), team_warps, row_tiles, keys, stages, cluster, blocks, 1, 8 * cluster)
-        for stages, blocks, warps in DECODE_SHAPES
-        if warps >= team_warps
-    )
-    room = device.shared_per_multiprocessor
-    for tile in candidates:
+    row_tiles = 2 if columns > team_warps and padded_dim <= 128 else 1
+    units = problem.batch * problem.num_kv_heads * _ceil_div(columns, row_tiles * team_warps)
+    cluster = _choose_cluster(problem, device, units)
+    for stages, blocks, warps in DECODE_SHAPES:
+        # Two blocks hide each other's ends of work; but where units are few, they double the parts to merge.
+        if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
+            continue
+        tile = DecodeTile(
+            warps // team_warps,
+            team_warps,
+            row_tiles,
+            keys,
+            stages,
+            cluster,
+            blocks,
+            1,
+            4 if cluster == 1 else 8 * cluster,
+        )
         need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
-        if need <= device.shared_per_block and tile.blocks * (need + SHARED_RESERVED) <= room:
+        fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
+        if fits and need <= device.shared_per_block:
             return tile
     refuse("q", f"a batch of {problem.batch} sequences", "fewer, whose lengths decode can keep in shared memory")
+
+
+def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
+    """Blocks of a cluster: where units are few, each is split over many blocks, which then merge without memory."""
+    if device.capability < 90:
+        return 1
+    if problem.seqlen_q * problem.group > 8:
+        return 8 if units <= 4 else 1
+    if units * problem.cache.rows * problem.head_dim * 2 * problem.kv_itemsize <= SMALL_CACHE:
+        return 8 if units <= 16 else 4 if units <= 33 else 1
+    return 1
 
 
 def _rotary_defines(rotary: Rotary | None) -> Defines:

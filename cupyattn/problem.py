@@ -500,11 +500,25 @@ def check_uniform(problem: Problem | Append, length: int) -> None:
         _check_positions(problem, np.array([length]), np.array([new]))
 
 
+def longest_uniform(problem: Problem) -> int:
+    """The largest length that `check_uniform` accepts."""
+    longest = problem.cache.rows - problem.seqlen_new
+    if problem.rotary is None or not problem.batch:
+        return longest
+    reach = int(_positions_reached(problem, problem.seqlen_new))
+    return min(longest, problem.rotary.positions - reach) if reach else longest
+
+
+def _positions_reached(problem: Problem | Append, new: np.ndarray | int) -> np.ndarray | np.integer:
+    """How many positions, from a sequence's length on, its new keys and its queries are rotated at."""
+    if isinstance(problem, Append):
+        return new
+    return np.maximum(new, problem.seqlen_q if problem.rotary.per_query else min(problem.seqlen_q, 1))
+
+
 def _check_positions(problem: Problem | Append, start: np.ndarray, new: np.ndarray) -> None:
     """The tables must have every position that a new key, or a query, is rotated at."""
-    rotary, reach = problem.rotary, new
-    if isinstance(problem, Problem):
-        reach = np.maximum(new, problem.seqlen_q if rotary.per_query else min(problem.seqlen_q, 1))
+    rotary, reach = problem.rotary, _positions_reached(problem, new)
     if (bad := first_true((reach > 0) & (start + reach > rotary.positions))) is not None:
         needed = int(start[bad] + reach[bad])
         expected = f"at least {needed}: sequence {bad} holds {int(start[bad])} tokens before this call"

@@ -19,8 +19,8 @@
 // is the result. Otherwise the slice goes to the workspace, and the last worker to arrive merges it with those
 // of the others in their order in the line, whoever came first: results do not depend on timing.
 //
-// New keys and values (APPEND) are read from where the caller has them, rotated and rounded on the way, put into the
-// tile that waits for them and into the cache, from which nobody reads them in this launch.
+// New keys and values (APPEND) are read from where the caller has them, rotated and rounded on the way, into the tile
+// that waits for them. They are also put into the cache, from which nobody reads them in this launch.
 //
 // An 8-bit cache (KV_DTYPE) is widened to float16 between shared memory and the product, queries are brought to
 // float16 by a power of two of their own, and scales go into scores and sums.
@@ -33,7 +33,8 @@
 //     stats     [TEAMS + 1][USED_ROWS]{maximum, sum}, the last of them of the whole block
 //     sequences [batch] where each lies in the line and in the cache
 //
-// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES GROUP CLUSTER BLOCKS WIDE_OFFSETS CACHE_KIND
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES GROUP CLUSTER BLOCKS WIDE_OFFSETS ROW_BLOCKS POSITION_TILES LEAST_POSITIONS
+// CACHE_KIND
 // BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND ROTARY_DIM ROTARY_INTERLEAVED ROTARY_FLOAT32 LOAD_BYTES STORE_BYTES,
 // and for common/sequence.cuh PACKED_Q (0) and TILE_M (the rows of a unit).
 
@@ -110,8 +111,7 @@ struct Span {
 };
 
 __device__ __forceinline__ Tile unit_tile(const DecodeParams& p, int sequence, int unit) {
-    const int row_blocks = p.row_blocks;
-    return {sequence, unit / row_blocks, unit % row_blocks * ROWS, 0, p.seqlen_q, false};
+    return {sequence, unit / ROW_BLOCKS, unit % ROW_BLOCKS * ROWS, 0, p.seqlen_q, false};
 }
 
 __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     Span span;
     span.begin = first / TILE_N;
     span.tiles = max(ceil_div(max(end, 0), TILE_N) - span.begin, 1);
-    span.size = p.num_splits > 0 ? ceil_div(span.tiles, p.num_splits) : p.position_tiles;
+    span.size = POSITION_TILES > 0 ? POSITION_TILES : ceil_div(span.tiles, p.num_splits);
     span.positions = ceil_div(span.tiles, span.size);
     return span;
 }
@@ -133,11 +133,13 @@ struct Deal {
     u32 total; // positions
     u32 width; // shares of a tier
     u32 last;  // tier
+    u32 each, more; // positions of a share of the first tier, one more for the first `more` of them
 
     __device__ __forceinline__ u32 shares() const { return (last + 1) * width; }
     // Positions from the start of a tier to the end of the line.
     __device__ __forceinline__ u32 remaining(u32 tier) const { return tier == 0 ? total : tier > last ? 0 : total >> (tier + 1); }
     __device__ __forceinline__ u32 start(u32 share) const {
+        if (share <= width) return share * each + min(share, more);
         const u32 tier = share / width, within = share - tier * width, left = remaining(tier), length = left - remaining(tier + 1);
         return total - left + length / width * within + min(within, length % width);
     }
@@ -175,9 +177,21 @@ __device__ __forceinline__ u32 sum_through(u32 value) {
 
 __device__ __forceinline__ void bound_portion(Cursor& at) { at.to = min(at.span.positions, at.from + at.left); }
 
+// Brings a small block table into L2 while nobody knows yet which of its entries are in use.
+__device__ __forceinline__ void prefetch_table(const DecodeParams& p) {
+#if CACHE_KIND == CACHE_PAGED
+    constexpr int LINE_ENTRIES = 128 / sizeof(int);
+    constexpr int MOST_LINES = 4096;
+    const int lines = ceil_div(p.cache_rows / BLOCK_SIZE, LINE_ENTRIES);
+    const int index = blockIdx.x * (THREADS - WARP_SIZE) + threadIdx.x - WARP_SIZE;
+    if (lines > MOST_LINES / p.batch || index >= lines * p.batch) return;
+    prefetch(p.block_table + static_cast<i64>(index / lines) * p.table_stride + index % lines * LINE_ENTRIES);
+#endif
+}
+
 // By one warp: where every sequence lies, in shared memory.
 __device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& shared) {
-    const int units = p.num_kv_heads * p.row_blocks;
+    const int units = p.num_kv_heads * ROW_BLOCKS;
     u32 before = 0;
 #pragma unroll 1
     for (int base = 0; base < p.batch; base += WARP_SIZE) {
@@ -195,14 +209,16 @@ __device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& s
     deal.total = shared.sequences[p.batch - 1].end;
     deal.width = workers;
     deal.last = 0;
-    while (deal.last < p.last_tier && deal.total >> (deal.last + 3) >= workers * p.least_positions) ++deal.last;
+    while (deal.last < p.last_tier && deal.total >> (deal.last + 3) >= workers * LEAST_POSITIONS) ++deal.last;
     if (deal.last == 0) {
-        const u32 least = p.num_splits > 0 ? 1 : p.least_positions;
-        deal.width = min(workers, max((deal.total + least - 1) / least, 1u));
+        deal.width = min(workers, max((deal.total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
         // As many for each unit, where lengths are alike, so that no share holds ends of two.
-        const u32 units = p.batch * p.num_kv_heads * p.row_blocks;
+        const u32 units = p.batch * p.num_kv_heads * ROW_BLOCKS;
         if (deal.width > units) deal.width -= deal.width % units;
     }
+    const u32 length = deal.total - deal.remaining(1);
+    deal.each = length / deal.width;
+    deal.more = length - deal.each * deal.width;
     return deal;
 }
 
@@ -247,7 +263,7 @@ __device__ __forceinline__ void advance(const DecodeParams& p, const Shared& sha
     at.line += at.to - at.from;
     at.from = 0;
     if (at.left == 0) return;
-    if (++at.unit == p.num_kv_heads * p.row_blocks) {
+    if (++at.unit == p.num_kv_heads * ROW_BLOCKS) {
         at.unit = 0;
         at.span = find_span(p, shared.rows(++at.sequence).length);
     }
@@ -440,7 +456,7 @@ __device__ __forceinline__ int lane_row(int r, int i) { return warp_row() + 8 * 
 // Turns the queries of a unit where they lie.
 __device__ __forceinline__ void rotate_queries(const DecodeParams& p, const Tile& tile, int used, u32 shared) {
     constexpr int PAIRS = ROTARY_DIM / 2;
-#pragma unroll 1
+#pragma unroll 4 // so that the tables' latency is paid once
     for (int index = team_thread(); index < USED_ROWS * PAIRS; index += TEAM_THREADS) {
         const int row = index / PAIRS, pair = index % PAIRS;
         const QueryRow at = find_query_row(tile, row);
@@ -695,52 +711,94 @@ __device__ __forceinline__ KvElement stored(Element value, float) { return value
 __device__ __forceinline__ void put_element(u32 to, KvElement value) { store_shared_half(to, value); }
 #endif
 
-// Puts the new rows of a tile into shared memory, and from the first block of query rows into the cache as well.
-__device__ __forceinline__ void insert_new_rows(const DecodeParams& p, const Tile& tile, const Keys& keys, int used, int first, u32 stage) {
-    constexpr int PAIRS = ceil_div(HEAD_DIM, 2);
-    const int cached = cached_keys(p, keys);
+// The two elements that are turned together, or adjacent ones past the rotary dimensions, of a new key and value.
+struct NewPair {
+    int2 dims;
+    bool both; // the second exists
+    KvElement key[2], value[2];
+};
+
+constexpr int NEW_PAIRS = ceil_div(HEAD_DIM, 2);
+
+__device__ __forceinline__ NewPair find_new_pair(const DecodeParams& p, const Tile& tile, int before, int row, int pair) {
+    const auto row_of = [&](const Element* base, const Strides& strides) { return base + tile.sequence * strides.outer + row * strides.row + tile.head * strides.head; };
+    const Element* k_row = row_of(p.k_new, p.k_new_strides);
+    const Element* v_row = row_of(p.v_new, p.v_new_strides);
+    NewPair found;
+    found.dims = make_int2(2 * pair, 2 * pair + 1);
+#if ROTARY
+    const bool turns = pair < ROTARY_DIM / 2;
+    if (turns) found.dims = rotary_pair(pair);
+#endif
+    found.both = found.dims.y < HEAD_DIM;
+    Element k0 = k_row[found.dims.x], k1 = found.both ? k_row[found.dims.y] : 0;
+    const Element v0 = v_row[found.dims.x], v1 = found.both ? v_row[found.dims.y] : 0;
+#if ROTARY
+    if (turns) {
+        const float2 angle = rotary_angle(p, before + row, pair);
+        const float2 turned = rotate_pair(to_float(k0), to_float(k1), angle.x, angle.y);
+        k0 = from_float(turned.x);
+        k1 = from_float(turned.y);
+    }
+#endif
+    found.key[0] = stored(k0, key_scale(p, tile.head));
+    found.key[1] = stored(k1, key_scale(p, tile.head));
+    found.value[0] = stored(v0, value_scale(p, tile.head));
+    found.value[1] = stored(v1, value_scale(p, tile.head));
+    return found;
+}
+
+// Whether the cache has a place for row `row` of a paged sequence, and where; dense rows always have one.
+__device__ __forceinline__ i64 new_row_offset(const DecodeParams& p, const Keys& keys, const Strides& strides, int row, bool& valid) {
+    Keys whole = keys;
+    whole.padding = 0;
+    return key_offset(p, whole, strides, row, valid);
+}
+
+// Puts the new rows of a tile into shared memory.
+__device__ __forceinline__ void insert_new_rows(const DecodeParams& p, const Tile& tile, const Keys& keys, int before, int first, u32 stage) {
+    const int cached = cached_keys(p, keys), hidden = p.seqlen_new - (keys.length - cached); // behind the padding
     const int begin = max(first, cached), end = min(first + TILE_N, keys.length);
-    const auto row_of = [&](const Element* base, const Strides& strides, int row) { return base + tile.sequence * strides.outer + row * strides.row + tile.head * strides.head; };
-#pragma unroll 1
-    for (int index = team_thread(); index < (end - begin) * PAIRS; index += TEAM_THREADS) {
-        const int key = begin + index / PAIRS, pair = index % PAIRS;
-        const Element* k_row = row_of(p.k_new, p.k_new_strides, key - cached);
-        const Element* v_row = row_of(p.v_new, p.v_new_strides, key - cached);
-        int2 dims = make_int2(2 * pair, 2 * pair + 1);
-#if ROTARY
-        const bool turns = pair < ROTARY_DIM / 2;
-        if (turns) dims = rotary_pair(pair);
-#endif
-        const bool both = dims.y < HEAD_DIM;
-        Element k0 = k_row[dims.x], k1 = both ? k_row[dims.y] : 0;
-        const Element v0 = v_row[dims.x], v1 = both ? v_row[dims.y] : 0;
-#if ROTARY
-        if (turns) {
-            const float2 angle = rotary_angle(p, used + key - cached, pair);
-            const float2 turned = rotate_pair(to_float(k0), to_float(k1), angle.x, angle.y);
-            k0 = from_float(turned.x);
-            k1 = from_float(turned.y);
-        }
-#endif
-        KvElement keys_stored[2] = {stored(k0, key_scale(p, tile.head)), stored(k1, key_scale(p, tile.head))};
-        const KvElement values_stored[2] = {stored(v0, value_scale(p, tile.head)), stored(v1, value_scale(p, tile.head))};
+#pragma unroll 2
+    for (int index = team_thread(); index < (end - begin) * NEW_PAIRS; index += TEAM_THREADS) {
+        const int key = begin + index / NEW_PAIRS;
+        const NewPair pair = find_new_pair(p, tile, before, key - cached + hidden, index % NEW_PAIRS);
         bool valid;
-        const i64 k_offset = key_offset(p, keys, p.k_strides, key, valid);
-        const i64 v_offset = key_offset(p, keys, p.v_strides, key, valid);
+        key_offset(p, keys, p.k_strides, key, valid);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int d = i == 0 ? dims.x : dims.y;
-            if (i == 1 && !both) break;
-            if (valid && !keys.bad && tile.first_row == 0) {
-                const_cast<KvElement*>(keys.k)[k_offset + d] = keys_stored[i];
-                const_cast<KvElement*>(keys.v)[v_offset + d] = values_stored[i];
-            }
+            const int d = i == 0 ? pair.dims.x : pair.dims.y;
+            if (i == 1 && !pair.both) break;
             const u32 to = stage + chunk_offset(key - first, d / CHUNK) + d % CHUNK * ITEM_BYTES;
-            put_element(to, valid ? keys_stored[i] : static_cast<KvElement>(~0u)); // or NaN
-            put_element(to + TILE_BYTES, values_stored[i]);
+            put_element(to, valid ? pair.key[i] : static_cast<KvElement>(~0u)); // or NaN
+            put_element(to + TILE_BYTES, pair.value[i]);
         }
     }
     team_sync();
+}
+
+// Writes all new rows of a sequence and kv head into the cache, whether a query sees them or not.
+__device__ __forceinline__ void store_new_rows(const DecodeParams& p, const Tile& tile, const Rows& rows, const Keys& keys, int before) {
+    if (rows.bad) return;
+    // Rows count from the sequence's start here, padding included.
+    KvElement* k = const_cast<KvElement*>(keys.k) - (CACHE_KIND == CACHE_PAGED ? 0 : rows.first * p.k_strides.row);
+    KvElement* v = const_cast<KvElement*>(keys.v) - (CACHE_KIND == CACHE_PAGED ? 0 : rows.first * p.v_strides.row);
+#pragma unroll 1
+    for (int index = threadIdx.x; index < p.seqlen_new * NEW_PAIRS; index += THREADS) {
+        const int row = index / NEW_PAIRS;
+        bool valid;
+        const i64 k_offset = new_row_offset(p, keys, p.k_strides, before + row, valid);
+        const i64 v_offset = new_row_offset(p, keys, p.v_strides, before + row, valid);
+        if (!valid) continue;
+        const NewPair pair = find_new_pair(p, tile, before, row, index % NEW_PAIRS);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int d = i == 0 ? pair.dims.x : pair.dims.y;
+            if (i == 1 && !pair.both) break;
+            k[k_offset + d] = pair.key[i];
+            v[v_offset + d] = pair.value[i];
+        }
+    }
 }
 #endif
 
@@ -752,36 +810,36 @@ struct Sums {
     float maximum, sum; // the maximum in powers of two
 };
 
-// Adds up `count` parts, BATCH at a time; stats(i) gives a part's maximum and sum, out(i) its output.
-template <int BATCH, typename Stats, typename Out>
+// Adds up the first `count` of at most MOST parts; stats(i) gives a part's maximum and sum, out(i) its output.
+template <int MOST, typename Stats, typename Out>
 __device__ __forceinline__ Sums merge_parts(int count, Stats stats, Out out) {
+    float2 part[MOST];
     Sums sums = {make_float4(0, 0, 0, 0), -infinity(), 0};
-#pragma unroll 1
-    for (int first = 0; first < count; first += BATCH) {
-        float2 part[BATCH];
-        float4 value[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            part[i] = first + i < count ? stats(first + i) : make_float2(-infinity(), 0);
-            value[i] = first + i < count ? out(first + i) : make_float4(0, 0, 0, 0);
-        }
-        float raised = sums.maximum;
+    for (int i = 0; i < MOST; ++i) {
+        part[i] = i < count ? stats(i) : make_float2(-infinity(), 0);
+        sums.maximum = fmaxf(sums.maximum, part[i].x);
+    }
+    const float offset = sums.maximum == -infinity() ? 0.0f : sums.maximum;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) raised = fmaxf(raised, part[i].x);
-        const float offset = raised == -infinity() ? 0.0f : raised;
-        const float mine = exp2_approx(sums.maximum - offset);
-        sums = {make_float4(sums.out.x * mine, sums.out.y * mine, sums.out.z * mine, sums.out.w * mine), raised, sums.sum * mine};
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const float weight = exp2_approx(part[i].x - offset);
-            sums.sum = fmaf(part[i].y, weight, sums.sum);
-            sums.out.x = fmaf(value[i].x, weight, sums.out.x);
-            sums.out.y = fmaf(value[i].y, weight, sums.out.y);
-            sums.out.z = fmaf(value[i].z, weight, sums.out.z);
-            sums.out.w = fmaf(value[i].w, weight, sums.out.w);
-        }
+    for (int i = 0; i < MOST; ++i) {
+        const float4 value = i < count ? out(i) : make_float4(0, 0, 0, 0);
+        const float weight = exp2_approx(part[i].x - offset);
+        sums.sum = fmaf(part[i].y, weight, sums.sum);
+        sums.out = make_float4(fmaf(value.x, weight, sums.out.x), fmaf(value.y, weight, sums.out.y), fmaf(value.z, weight, sums.out.z), fmaf(value.w, weight, sums.out.w));
     }
     return sums;
+}
+
+__device__ __forceinline__ float warp_maximum(float value) {
+#pragma unroll
+    for (int step = 1; step < WARP_SIZE; step *= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int step = 1; step < WARP_SIZE; step *= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
 }
 
 // Leaves a team's sums in shared memory.
@@ -873,6 +931,46 @@ __device__ __forceinline__ u32 increment_wrapping(u32* counter, u32 most) {
     return before;
 }
 
+// Merges what `count` shares from `first` on left of a unit: a warp takes a row, whose statistics its lanes read
+// together, and each lane quads of it.
+__device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& tile, int rows, u32 first, u32 count, bool poison) {
+    const int each = ceil_div(rows * OUT_QUADS, CLUSTER);
+    const int begin = cluster_rank() * each, end = min(begin + each, rows * OUT_QUADS);
+    const u32 lane = lane_index();
+#pragma unroll 1
+    for (int row = begin / OUT_QUADS + threadIdx.x / WARP_SIZE; row * OUT_QUADS < end; row += WARPS) {
+#pragma unroll 1
+        for (int quad = lane; quad < round_up(OUT_QUADS, WARP_SIZE); quad += WARP_SIZE) {
+            const int item = row * OUT_QUADS + quad;
+            const bool mine = quad < OUT_QUADS && item >= begin && item < end;
+            Sums sums = {make_float4(0, 0, 0, 0), -infinity(), 0};
+#pragma unroll 1
+            for (u32 base = 0; base < count; base += WARP_SIZE) {
+                const float2 part = base + lane < count ? __ldcg(find_partial(p, first + base + lane, base + lane == 0).stats + row) : make_float2(-infinity(), 0);
+                const float raised = fmaxf(sums.maximum, warp_maximum(part.x));
+                const float offset = raised == -infinity() ? 0.0f : raised;
+                const float before = exp2_approx(sums.maximum - offset), weight = exp2_approx(part.x - offset);
+                sums = {make_float4(sums.out.x * before, sums.out.y * before, sums.out.z * before, sums.out.w * before), raised, sums.sum * before + warp_sum(part.y * weight)};
+#pragma unroll 1
+                for (u32 batch = 0; batch < WARP_SIZE && base + batch < count; batch += PARTS_AT_ONCE) {
+                    float4 value[PARTS_AT_ONCE];
+#pragma unroll
+                    for (u32 i = 0; i < PARTS_AT_ONCE; ++i) {
+                        const u32 other = base + batch + i;
+                        value[i] = mine && other < count ? __ldcg(find_partial(p, first + other, other == 0).out + item) : make_float4(0, 0, 0, 0);
+                    }
+#pragma unroll
+                    for (u32 i = 0; i < PARTS_AT_ONCE; ++i) {
+                        const float factor = __shfl_sync(~0u, weight, batch + i);
+                        sums.out = make_float4(fmaf(value[i].x, factor, sums.out.x), fmaf(value[i].y, factor, sums.out.y), fmaf(value[i].z, factor, sums.out.z), fmaf(value[i].w, factor, sums.out.w));
+                    }
+                }
+            }
+            if (mine) write_result(p, tile, row, quad, sums, poison);
+        }
+    }
+}
+
 // Merge a finished portion over teams, blocks and workers, and write what is complete.
 __device__ __forceinline__ void merge_portion(const DecodeParams& p, const Shared& shared, const Tile& tile, const Cursor& at, const Deal& deal, u32 share, bool poison) {
     __shared__ bool last;
@@ -904,13 +1002,7 @@ __device__ __forceinline__ void merge_portion(const DecodeParams& p, const Share
         if (threadIdx.x == 0) last = increment_wrapping(p.counters + 1 + first * CLUSTER + cluster_rank(), others) == others;
         __syncthreads();
         if (last) {
-            for_each_quad(rows, [&](int row, int quad) {
-                const auto from = [&](int other) { return find_partial(p, first + other, other == 0); };
-                const Sums sums = merge_parts<PARTS_AT_ONCE>(
-                    others + 1, [&](int other) { return __ldcg(from(other).stats + row); },
-                    [&](int other) { return __ldcg(from(other).out + row * OUT_QUADS + quad); });
-                write_result(p, tile, row, quad, sums, poison);
-            });
+            merge_shares(p, tile, rows, first, others + 1, poison);
         }
     } else {
         __syncthreads();
@@ -934,6 +1026,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     const Taken taken = {taken_shares};
     const u32 worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
     if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
+    else prefetch_table(p);
     __syncthreads();
     const Deal deal = find_deal(p, shared, workers);
     if (worker >= deal.width) return;
@@ -972,6 +1065,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
             const int own_first = team_tile(at);
             for (int t = own_first;; t -= TEAMS * CLUSTER) {
                 fill_ring(p, shared, deal, taken, ordinal, done, load);
+#if APPEND
+                // While the first tiles are on their way.
+                if (t == own_first && at.to == at.span.positions && tile.first_row == 0 && cluster_rank() == 0) {
+                    store_new_rows(p, tile, shared.rows(tile.sequence), keys, before);
+                }
+#endif
                 if (t < first_tile(at)) break;
                 const u32 stage = team() * STAGES + done % STAGES;
                 const u32 from = shared.ring + stage * STAGE_BYTES;

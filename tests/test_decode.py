@@ -626,6 +626,11 @@ def every_other(*shape, dtype):
     return lambda backend: backend.place(array(*shape, dtype=dtype), lambda x: x[..., ::2])
 
 
+def bad_views(options):
+    """The options that `every_other` made."""
+    return [(name, x) for name, x in options.items() if hasattr(x, "base") and not isinstance(x, np.ndarray)]
+
+
 def table_like(*shape, dtype="float16"):
     return {"rotary_cos": array(*shape, dtype=dtype), "rotary_sin": array(*shape, dtype=dtype)}
 
@@ -716,9 +721,10 @@ def test_refused_appends_write_nothing(backend, rng, name):
     here = backend.put(cache.array.copy())
     options |= {argument: value(backend) if callable(value) else value for argument, value in bad.items()}
     there = {name: backend.put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    there |= {name: x.view(backend.put(x.base)) for name, x in bad_views(options)}
     message = message.replace("expected float16", "expected (k's dtype )?float16")
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        cupyattn.append_kv(*cache.split(here), **{k: getattr(x, "array", x) for k, x in there.items()}, check=True)
+        cupyattn.append_kv(*cache.split(here), **there, check=True)
     assert backend.get(here).tobytes() == cache.array.tobytes()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import jit
-from ..arrays import View, empty
+from ..arrays import View, current_stream, empty
 from ..plan import Device, Plan, choose_kernel, plan, plan_append
 from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
@@ -64,12 +65,12 @@ class PreparedDecode:
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
-            self.launch(operands, stream, workspace(self._device, stream, self.plan.workspace_bytes))
+            argument = self.argument(operands, workspace(self._device, stream, self.plan.workspace_bytes))
+            enqueue(self.kernel.function, self._grid, self._block, argument, self.plan.shared_bytes, stream)
 
-    def launch(self, operands: Operands, stream: int, memory: Workspace) -> None:
-        """Launch with this workspace, which no other launch may use at the same time."""
-        argument = params.pack_decode(operands, self._tail, self._decode_tail, memory.pointer)
-        enqueue(self.kernel.function, self._grid, self._block, argument, self.plan.shared_bytes, stream)
+    def argument(self, operands: Operands, memory: Workspace) -> np.void:
+        """The kernel's argument for a launch with this workspace, which no other launch may use at the same time."""
+        return params.pack_decode(operands, self._tail, self._decode_tail, memory.pointer)
 
 
 class PreparedAppend:
@@ -197,6 +198,15 @@ def describe_device(device: int) -> Device:
     )
 
 
+def on_stream_of(like: View) -> AbstractContextManager:
+    """A context in which CuPy works on the current stream of like's library. like's device is the current one.
+
+    Memory that CuPy allocates there is reused in that stream's order.
+    """
+    stream, (current, device) = current_stream(like), _current()
+    return nullcontext() if current().ptr == stream else _stream(stream, device())
+
+
 def enqueue(
     function: cupy.RawKernel,
     grid: tuple[int],
@@ -206,11 +216,11 @@ def enqueue(
     stream: int,
 ) -> None:
     """Launch on the current device, whose stream `stream` must be."""
-    current_stream, current_device = _current()
-    if current_stream().ptr == stream:
+    current, device = _current()
+    if current().ptr == stream:
         function(grid, block, (argument,), shared_mem=shared)
     else:
-        with _stream(stream, current_device()):
+        with _stream(stream, device()):
             function(grid, block, (argument,), shared_mem=shared)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import jit
 from ..plan import MERGE_CAPACITIES, plan_merge
-from .launch import enqueue, describe_device
+from .launch import describe_device, enqueue
 
 if TYPE_CHECKING:
     from ..states import Merge

@@ -63,7 +63,7 @@ def pack(operands: Operands, tail: bytes) -> np.void:
 
 
 _DECODE_POINTERS = struct.Struct("<8Q")
-_DECODE_SCALARS = struct.Struct("<6q2f9i4x")
+_DECODE_SCALARS = struct.Struct("<6q2f6i")
 
 
 def decode_scalars(problem: Problem, plan: Plan) -> bytes:
@@ -79,11 +79,8 @@ def decode_scalars(problem: Problem, plan: Plan) -> bytes:
         int(problem.v_scales == "heads"),
         rotary.positions if rotary is not None else 0,
         int(rotary is not None and rotary.per_query),
-        plan.row_blocks,
         problem.num_splits,
-        plan.least_positions,
         plan.last_tier,
-        plan.position_tiles,
     )
 
 

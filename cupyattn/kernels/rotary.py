@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import jit
 from ..plan import plan_rotary
-from .launch import enqueue, describe_device
+from .launch import describe_device, enqueue
 
 if TYPE_CHECKING:
     from ..arrays import View

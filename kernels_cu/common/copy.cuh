@@ -84,6 +84,9 @@ __device__ __forceinline__ void copy_async_16(u32 to, const void* from) {
 #endif
 }
 
+// Brings the line of this address into L2.
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -19,11 +19,8 @@ struct DecodeParams : ForwardParams {
     int k_scale_stride, v_scale_stride; // 0: one number for all heads
     int rotary_positions;
     int rotary_per_query;          // 0: all queries stand at the length before this call
-    int row_blocks;                // of ROWS rows, that the queries of one kv head fill
-    int num_splits;                // the most pieces of one unit; 0: wherever shares end
-    int least_positions;           // of a share, with num_splits 0 or further tiers
+    int num_splits;                // the most pieces of one unit, with POSITION_TILES 0
     int last_tier;                 // the most tiers of shares, less one
-    int position_tiles;            // tiles between two places where a unit may be cut, with num_splits 0
 };
 
 __device__ __forceinline__ float key_scale(const DecodeParams& p, int kv_head) {
