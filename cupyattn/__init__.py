@@ -14,6 +14,7 @@ from .decode_plan import DecodePlan
 from .explain import Explanation, explain
 from .ragged import RaggedArray
 from .rotary import apply_rotary
+from .shared_prefix import attention_with_shared_prefix
 from .states import merge_states
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
+    "attention_with_shared_prefix",
     "explain",
     "merge_states",
 ]

@@ -183,11 +183,16 @@ class DecodePlan:
         """Where the plan runs: "cpu" or "cuda:0"."""
         return device_name(self._forms[0].device)
 
+    @property
+    def kernel(self) -> str:
+        """The kernel's name: "decode", or "numpy" on the CPU; "none" where there is no query."""
+        return "numpy" if self._forms[0].device < 0 else "none" if self.plan is None else self.plan.kernel
+
     def __repr__(self) -> str:
-        return f"<DecodePlan {self._kernel} on {self.device}: {in_words(self.problem)}>"
+        return f"<DecodePlan {self.kernel} on {self.device}: {in_words(self.problem)}>"
 
     def __str__(self) -> str:
-        lines = [f"DecodePlan: {self._kernel} on {self.device}", f"  {in_words(self.problem)}"]
+        lines = [f"DecodePlan: {self.kernel} on {self.device}", f"  {in_words(self.problem)}"]
         plan = self.plan
         if plan is not None:
             lines += [f"  because {reason}" for reason in plan.reasons]
@@ -195,10 +200,6 @@ class DecodePlan:
             lines.append(f"  tile {counted(plan.tile_rows, 'row')} x {counted(plan.tile_keys, 'key')}; {blocks}")
         lines.append(f"  workspace {counted(self.workspace_bytes, 'byte')}")
         return "\n".join(lines)
-
-    @property
-    def _kernel(self) -> str:
-        return "numpy" if self._forms[0].device < 0 else "none" if self.plan is None else self.plan.kernel
 
     def run(
         self,
@@ -339,7 +340,9 @@ def _form(role: str, operands: Operands, call: Call) -> _Form | None:
         return None
     problem, append = call.problem, call.problem.append
     alignment = ITEMSIZE[found.dtype]
-    if role in ("q", "k", "v"):
+    if found.device < 0:  # NumPy asks for no more
+        append = None
+    elif role in ("q", "k", "v"):
         alignment = problem.alignment
     elif role == "out":
         alignment = problem.out_alignment

@@ -267,9 +267,9 @@ def describe(
     if max_seqlen_k is not None:
         seqlen_k = min(_length("max_seqlen_k", max_seqlen_k), seqlen_k)
     if out is not None:
-        _output("out", out, q, out_dtype or q.dtype)
+        check_output("out", out, q, out_dtype or q.dtype)
     precise = out_dtype == "float64"
-    folded_window = _window(window, _flag("causal", causal))
+    folded_window = _window(window, check_flag("causal", causal))
     scales = _scales(k_scale, v_scale, q, num_kv_heads, kv_dtype, precise)
     append = None
     if k_new is not None or v_new is not None:
@@ -314,7 +314,7 @@ def describe(
         softcap=_softcap(softcap, precise),
         alibi=_alibi(alibi_slopes, q, batch, num_heads),
         sinks=_sinks(sinks, q, num_heads),
-        lse=_flag("return_lse", return_lse),
+        lse=check_flag("return_lse", return_lse),
         cu_seqlens_k=cu_seqlens_k is not None,
         seqused_k=seqused_k is not None or uniform_length is not None,
         cache_batch_idx=cache_batch_idx is not None,
@@ -674,7 +674,7 @@ def describe_rotary(
     cos: View | None, sin: View | None, interleaved: bool, rows: View, *, per_query: bool, prefix: str = "rotary_"
 ) -> Rotary | None:
     """The rotation of the queries (or of new keys) `rows` by two tables, whose arguments' names begin with `prefix`."""
-    interleaved = _flag(f"{prefix}interleaved", interleaved)
+    interleaved = check_flag(f"{prefix}interleaved", interleaved)
     if cos is None and sin is None:
         return None
     cos_name, sin_name = f"{prefix}cos", f"{prefix}sin"
@@ -819,7 +819,7 @@ def distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _output(name: str, out: View, q: View, dtype: str) -> None:
+def check_output(name: str, out: View, q: View, dtype: str) -> None:
     if out.shape != q.shape:
         refuse(name, f"shape {out.shape}", f"q's shape {q.shape}")
     if out.dtype != dtype:
@@ -867,7 +867,7 @@ def _softcap(value: float | None, precise: bool) -> float:
     return cap
 
 
-def _flag(name: str, value: object) -> bool:
+def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
         refuse(name, repr(value), "True or False", TypeError)
     return bool(value)

@@ -65,12 +65,13 @@ def _write(append: Append, operands: AppendOperands, indices: dict[str, np.ndarr
     rotation = _rotation(append.rotary, operands)
     lengths = _used(indices)
     with np.errstate(all="ignore"):
+        if rotation is not None:
+            ends = indices["cu_seqlens_new"] if append.packed_new else None
+            new_k = _rotated(new_k, rotation, 0 if lengths is None else lengths, ends, dtype).astype(new_k.dtype)
         for b in range(append.batch):
             own = slice(*indices["cu_seqlens_new"][b : b + 2]) if append.packed_new else b
             start = 0 if lengths is None else int(lengths[b])
             k, v = new_k[own], new_v[own]
-            if rotation is not None:
-                k = rotate(k, rotation, np.arange(start, start + len(k)), dtype).astype(k.dtype)
             rows = _place(cache, indices, b).rows(start, start + len(k))
             if append.kv_dtype == append.dtype:
                 held_k[rows], held_v[rows] = k, v
@@ -185,6 +186,9 @@ def _sequences(
         k_numbers = _fp8_numbers(problem.kv_dtype, dtype) * _scales(problem.k_scale, operands.k_scale, dtype)
         v_numbers = _fp8_numbers(problem.kv_dtype, dtype) * _scales(problem.v_scale, operands.v_scale, dtype)
     rotation = _rotation(problem.rotary, operands)
+    if rotation is not None:
+        rotated = _rotated(q, rotation, _used(indices), None, dtype)
+        q = rotated if dtype == np.float64 else rotated.astype(q.dtype)
     for b in range(problem.batch):
         own = slice(*indices["cu_seqlens_q"][b : b + 2]) if problem.packed_q else b
         own_lse = None
@@ -194,7 +198,7 @@ def _sequences(
         if "cache_leftpad" in indices:
             place.first += int(indices["cache_leftpad"][b])
         yield _Sequence(
-            q=q[own] if rotation is None else _rotated_queries(q[own], rotation, int(_used(indices)[b]), dtype),
+            q=q[own],
             k=k,
             v=v,
             k_numbers=k_numbers,
@@ -353,11 +357,22 @@ def _rotation(rotary: Rotary | None, operands: Operands | AppendOperands) -> Rot
     return RotaryTables(rotary, host_array(operands.rotary_cos), host_array(operands.rotary_sin))
 
 
-def _rotated_queries(q: np.ndarray, rotation: RotaryTables, start: int, dtype: np.dtype) -> np.ndarray:
-    """The queries of a sequence of `start` tokens, rounded to their own dtype again unless dtype is float64."""
-    positions = np.arange(start, start + len(q)) if rotation.rotary.per_query else np.full(len(q), start)
-    rotated = rotate(q, rotation, positions, dtype)
-    return rotated if dtype == np.float64 else rotated.astype(q.dtype)
+def _rotated(
+    rows: np.ndarray, rotation: RotaryTables, starts: np.ndarray | int, ends: np.ndarray | None, dtype: np.dtype
+) -> np.ndarray:
+    """rows (batch, n, heads, head_dim), or packed by ends (total, heads, head_dim), in dtype and rotated.
+
+    Sequence b's are at starts[b] and on, or all at starts[b] if the rotation says so.
+    """
+    if ends is None:
+        batch, count = rows.shape[:2]
+        steps = np.arange(count) if rotation.rotary.per_query else np.zeros(count, np.int64)
+        positions = np.broadcast_to(starts, batch)[:, None] + steps
+    else:
+        batch, lengths = len(ends) - 1, np.diff(ends)
+        rows = rows[: ends[-1]]
+        positions = np.arange(len(rows)) + np.repeat(np.broadcast_to(starts, batch) - ends[:-1], lengths)
+    return rotate(rows.reshape(-1, *rows.shape[-2:]), rotation, positions.ravel(), dtype).reshape(rows.shape)
 
 
 def rotate(rows: np.ndarray, rotation: RotaryTables, positions: np.ndarray, dtype: np.dtype) -> np.ndarray:

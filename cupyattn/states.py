@@ -84,7 +84,18 @@ def merge_states(
     """
     sources, weights = _stack(outs, "outs"), _stack(lses, "lses")
     like = sources.views[0]
-    target = optional_view(out, "out")
+    target, lse = _merge(sources, weights, optional_view(out, "out"))
+    with device_of(like):
+        return (deliver(target, like) if out is None else out), deliver(lse, like)
+
+
+def merge_views(outs: list[View], lses: list[View], target: View | None = None) -> tuple[View, View]:
+    """The same of views, each list of one shape, dtype and strides; the results are in the first output's library."""
+    return _merge(_as_stack("outs", outs), _as_stack("lses", lses), target)
+
+
+def _merge(sources: _Stack, weights: _Stack, target: View | None) -> tuple[View, View]:
+    like = sources.views[0]
     call = _find(sources, weights, target)
     if target is not None:
         _refuse_overlap(sources, weights, target)
@@ -93,7 +104,7 @@ def merge_states(
         lse = empty(like, weights.one.shape, "float32")
         others = (*sources.views, *weights.views, target, lse)
         in_order(partial(call.run, sources, weights, target, lse), like, others)
-        return (deliver(target, like) if out is None else out), deliver(lse, like)
+        return target, lse
 
 
 @dataclass(slots=True)
@@ -141,7 +152,11 @@ def _stack(arrays: Sequence[Array] | Array, name: str) -> _Stack:
         same_kind(f"{name}[{i}]", found, first, f"{name}[0]")
         if found.strides != first.strides and _strides_used(found) != _strides_used(first):
             refuse(f"{name}[{i}]", f"strides {found.strides}", f"{name}[0]'s strides {first.strides}")
-    return _Stack(name, views, [found.pointer for found in views], first, False)
+    return _as_stack(name, views)
+
+
+def _as_stack(name: str, views: list[View]) -> _Stack:
+    return _Stack(name, views, [found.pointer for found in views], views[0], False)
 
 
 def _strides_used(found: View) -> list[int]:
@@ -220,7 +235,8 @@ def _prepare(merge: Merge, device: int) -> _Call:
         return _Call(merge, _nothing)
     if device < 0:
         return _Call(merge, _merge_on_host)
-    from .kernels.merge import PreparedMerge  # needs CuPy
+    from .kernels.merge import PreparedMerge  # these need CuPy
+    from .kernels.workspace import keep_if_captured
 
     prepared = PreparedMerge(merge, device)
 
@@ -236,6 +252,8 @@ def _prepare(merge: Merge, device: int) -> _Call:
             return pointers[0], pointers[1]
 
         prepared(outs.pointers, lses.pointers, target.pointer, lse.pointer, scratch, stream)
+        if held and held[0].library == "cupy":  # PyTorch keeps what was allocated for a graph by itself
+            keep_if_captured(held, stream)
 
     return _Call(merge, run)
 

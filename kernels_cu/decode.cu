@@ -286,16 +286,21 @@ __device__ __forceinline__ void team_sync() {
 // Tiles of a portion that belong to this team: counted back from the last, in turns over blocks, then teams.
 __device__ __forceinline__ int team_tile(const Cursor& at) { return end_tile(at) - 1 - (team() * CLUSTER + cluster_rank()); }
 
-// The team's next tile to load, and the blocks of its keys, which are looked up one tile ahead.
+// Blocks that a tile may touch, a power of two; and how many tiles one look-up of a warp covers.
+constexpr int power_above(int value) { return value <= 1 ? 1 : 2 * power_above((value + 1) / 2); }
+constexpr int TILE_BLOCKS = power_above((TILE_N - 1) / BLOCK_SIZE + 2) < WARP_SIZE ? power_above((TILE_N - 1) / BLOCK_SIZE + 2) : WARP_SIZE;
+constexpr int LOOK_UP_TILES = WARP_SIZE / TILE_BLOCKS;
+
+// The team's next tile to load. Block ids are looked up for LOOK_UP_TILES of the team's tiles at once, and for as many
+// behind them: a load takes as long as a tile's copies when memory is busy.
 struct Loader {
     Cursor at;     // at.left is 0 before the first share and behind the last
     Keys keys;
     u32 ordinal;   // of the share, among those of this worker; -1 before the first
     bool ready;    // stands at a tile
-    bool looked_up;
     bool first;    // of the team's tiles of the unit
     int tile;
-    int block;     // paged: of key `lane % TILE_N` of the tile
+    int blocks, next_blocks, used; // paged: ids, those behind them, and how many of the tiles that they cover are loaded
     u32 loaded;    // tiles
 };
 
@@ -304,12 +309,16 @@ __device__ __forceinline__ int cached_keys(const DecodeParams& p, const Keys& ke
     return APPEND ? max(keys.length - p.seqlen_new, 0) : keys.length;
 }
 
-__device__ __forceinline__ void look_up_block(const DecodeParams& p, Loader& load) {
+// The block ids of LOOK_UP_TILES of the team's tiles from `tile` on, TILE_BLOCKS lanes for each; -1 where none is needed.
+__device__ __forceinline__ int look_up_blocks(const DecodeParams& p, const Loader& load, int tile) {
+    int block = -1;
 #if CACHE_KIND == CACHE_PAGED
-    const int key = (load.at.span.begin + load.tile) * TILE_N + static_cast<int>(threadIdx.x) % TILE_N;
-    load.block = -1;
-    if (key >= load.keys.needed && key < cached_keys(p, load.keys)) load.block = __ldg(load.keys.table + (key + load.keys.padding) / BLOCK_SIZE);
+    tile -= static_cast<int>(lane_index()) / TILE_BLOCKS * TEAMS * CLUSTER;
+    const int index = ((load.at.span.begin + tile) * TILE_N + load.keys.padding) / BLOCK_SIZE + static_cast<int>(lane_index()) % TILE_BLOCKS;
+    const int first = (load.keys.needed + load.keys.padding) / BLOCK_SIZE, end = cached_keys(p, load.keys) + load.keys.padding;
+    if (tile >= first_tile(load.at) && index >= first && index * BLOCK_SIZE < end) block = __ldg(load.keys.table + index);
 #endif
+    return block;
 }
 
 // Go on until the loader stands at a tile of this team, or does not know how to: it looks one share ahead of the
@@ -326,6 +335,9 @@ __device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& s
         const Tile tile = unit_tile(p, load.at.sequence, load.at.unit);
         load.keys = place_keys(p, tile.sequence, shared.rows(tile.sequence), tile.head);
         load.keys.needed = visible_keys(p, 0, load.keys.length - p.seqlen_q, load.keys.length).begin;
+        load.blocks = look_up_blocks(p, load, load.tile);
+        load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * TEAMS * CLUSTER);
+        load.used = 0;
     }
 }
 
@@ -348,9 +360,12 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& l
     i64 outer = 0;
     int inner = key;
     if (CACHE_KIND == CACHE_PAGED) {
-        valid = static_cast<u32>(load.block) < static_cast<u32>(p.cache_entries);
-        outer = load.block;
-        inner = (key + load.keys.padding) % BLOCK_SIZE;
+        const int row = key + load.keys.padding;
+        const int first_row = (load.at.span.begin + load.tile) * TILE_N + load.keys.padding;
+        const int block = __shfl_sync(~0u, load.blocks, load.used * TILE_BLOCKS + row / BLOCK_SIZE - first_row / BLOCK_SIZE);
+        valid = exists && static_cast<u32>(block) < static_cast<u32>(p.cache_entries);
+        outer = block;
+        inner = row % BLOCK_SIZE;
     }
     const RowOffset k_row = valid ? static_cast<RowOffset>((outer * p.k_strides.outer + inner * p.k_strides.row) / OFFSET_ITEMS) : 0;
     const RowOffset v_row = valid ? static_cast<RowOffset>((outer * p.v_strides.outer + inner * p.v_strides.row) / OFFSET_ITEMS) : 0;
@@ -410,26 +425,26 @@ __device__ __forceinline__ void copy_queries(const DecodeParams& p, const Tile& 
     }
 }
 
-// Fill the ring as far as tiles are known. `done` tiles are used up; each tile is a group of copies. The blocks of the
-// next tile are looked up before there is room for it.
+// Fill the ring as far as tiles are known. `done` tiles are used up; each tile is a group of copies. The next unit is
+// found before there is room for its tiles, so that its first blocks are looked up in time.
 __device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& shared, const Deal& deal, const Taken& taken, u32 ordinal, u32 done, Loader& load) {
 #pragma unroll 1
     while (true) {
-        if (!load.looked_up) {
-            find_tile(p, shared, deal, taken, ordinal, load);
-            if (!load.ready) return;
-            look_up_block(p, load);
-            load.looked_up = true;
-        }
-        if (load.loaded - done == STAGES) return;
+        find_tile(p, shared, deal, taken, ordinal, load);
+        if (!load.ready || load.loaded - done == STAGES) return;
         const u32 stage = team() * STAGES + load.loaded % STAGES;
         if (load.first) copy_queries(p, unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
         load_tile(p, load, shared.ring + stage * STAGE_BYTES);
         commit_copies();
         ++load.loaded;
+        load.first = false;
         load.tile -= TEAMS * CLUSTER;
-        load.first = load.looked_up = false;
         load.ready = load.tile >= first_tile(load.at);
+        if (++load.used == LOOK_UP_TILES) {
+            load.used = 0;
+            load.blocks = load.next_blocks;
+            load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * TEAMS * CLUSTER);
+        }
     }
 }
 
@@ -1040,7 +1055,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     Loader load;
     load.at.left = 0;
     load.ordinal = ~0u;
-    load.ready = load.looked_up = false;
+    load.ready = false;
     load.loaded = 0;
     u32 done = 0; // tiles
     for (u32 ordinal = 0; taken.share(ordinal) < deal.shares(); ++ordinal) {
