@@ -312,7 +312,8 @@ def _visible_pairs(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int
 def _moved_bytes(problem: Problem, keys: int) -> int:
     rows = problem.total_q * problem.num_heads
     lse = 4 * rows if problem.lse else 0
-    return (2 * rows + 2 * keys * problem.num_kv_heads) * problem.head_dim * problem.itemsize + lse
+    keys_and_values = 2 * keys * problem.num_kv_heads * problem.head_dim * problem.kv_itemsize
+    return 2 * rows * problem.head_dim * problem.itemsize + keys_and_values + lse
 
 
 def in_words(problem: Problem) -> str:
@@ -323,6 +324,8 @@ def in_words(problem: Problem) -> str:
     ]
     heads = f"{counted(problem.num_heads, 'head')} over {counted(problem.num_kv_heads, 'kv head')}"
     numbers = f"head_dim {problem.head_dim}, {problem.dtype}"
+    if problem.kv_dtype != problem.dtype:
+        numbers += f" over a {problem.kv_dtype} cache"
     return f"batch {problem.batch}, {counted(rows, kind)}, {keys} keys, {heads}, {numbers}"
 
 

@@ -153,6 +153,7 @@ SMALL_TILES = (
 )
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
+DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared memory
 COUNTER_BYTES = 32 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
@@ -266,6 +267,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
     no_decode = obstacle
     if device.capability < 80:
         no_decode = f"sm_{device.arch} has no asynchronous copies"
+    elif problem.batch > DECODE_BATCH:
+        no_decode = f"decode keeps the lengths of at most {DECODE_BATCH} sequences at hand"
     elif problem.packed_q:
         no_decode = "decode takes the same number of queries of each sequence, not cu_seqlens_q"
     fp8 = problem.kv_itemsize == 1
@@ -398,29 +401,23 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
     team_warps = 1
     while team_warps < 8 and team_warps < columns:
         team_warps *= 2
-    row_tiles = 2 if columns > team_warps and padded_dim <= 128 else 1
-    units = problem.batch * problem.num_kv_heads * _ceil_div(columns, row_tiles * team_warps)
-    cluster = _choose_cluster(problem, device, units)
-    for stages, blocks, warps in DECODE_SHAPES:
-        # Two blocks hide each other's ends of work; but where units are few, they double the parts to merge.
-        if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
-            continue
-        tile = DecodeTile(
-            warps // team_warps,
-            team_warps,
-            row_tiles,
-            keys,
-            stages,
-            cluster,
-            blocks,
-            1,
-            4 if cluster == 1 else 8 * cluster,
-        )
-        need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
-        fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
-        if fits and need <= device.shared_per_block:
-            return tile
-    refuse("q", f"a batch of {problem.batch} sequences", "fewer, whose lengths decode can keep in shared memory")
+    while team_warps:
+        row_tiles = 2 if columns > team_warps and padded_dim <= 128 else 1
+        units = problem.batch * problem.num_kv_heads * _ceil_div(columns, row_tiles * team_warps)
+        cluster = _choose_cluster(problem, device, units)
+        least = 4 if cluster == 1 else 8 * cluster
+        for stages, blocks, warps in DECODE_SHAPES:
+            # Two blocks hide each other's ends of work; but where units are few, they double the parts to merge.
+            if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
+                continue
+            teams = warps // team_warps
+            tile = DecodeTile(teams, team_warps, row_tiles, keys, stages, cluster, blocks, tiers=1, least=least)
+            need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
+            fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
+            if fits and need <= device.shared_per_block:
+                return tile
+        team_warps //= 2  # fewer rows at a time
+    raise AssertionError("one warp's tiles and the lengths of DECODE_BATCH sequences fit every chip")
 
 
 def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
@@ -522,14 +519,14 @@ def warmup_variants(
 def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
     strides = (0, 0, 0)
 
-    def problem(packed_q: bool, kind: str, seqlen_q: int, window: tuple[int, int], lse: bool = False) -> Problem:
-        batch, block = 64, 16 if kind == "paged" else 0
+    def problem(packed_q: bool, kind: str, seqlen_q: int, window: tuple[int, int], batch: int = 64) -> Problem:
+        block = 16 if kind == "paged" else 0
         cache = Cache(kind, 1024, 4096, block, 256 if block else 0, 256 if block else 0, strides, strides)
         return Problem(
             dtype=dtype, kv_dtype=dtype, batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim,
             packed_q=packed_q, total_q=batch * seqlen_q, seqlen_q=seqlen_q, seqlen_k=4096, seqlen_new=0, cache=cache,
             q_strides=strides, o_strides=strides, window=window, softmax_scale=1.0, softcap=0.0, alibi="",
-            sinks=False, lse=lse, cu_seqlens_k=kind == "packed", seqused_k=kind == "paged", cache_batch_idx=False,
+            sinks=False, lse=False, cu_seqlens_k=kind == "packed", seqused_k=kind == "paged", cache_batch_idx=False,
             leftpad=False, alignment=16, out_alignment=16, k_scale=1.0, k_scales="", v_scale=1.0, v_scales="",
             num_splits=0, rotary=None, append=None,
         )  # fmt: skip
@@ -541,6 +538,7 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
         problem(True, "packed", 4096, causal),
         problem(True, "paged", 4096, causal),
         problem(False, "paged", 1, full),
+        problem(False, "paged", 1, full, batch=1),
     ]
 
 

@@ -50,3 +50,16 @@ def make_problem(head_dim: int, kind: str = "dense", **changes) -> Problem:
         append=None,
     )
     return dataclasses.replace(problem, **changes)
+
+
+def make_step(
+    head_dim: int, *, batch: int = 64, seqlen_q: int = 1, group: int = 4, rows: int = 4096, **changes
+) -> Problem:
+    """A decoder's step over a paged cache: `group` query heads to each of 8 kv heads."""
+    dtype = changes.get("dtype", "float16")
+    options = {"kv_dtype": dtype, "window": CAUSAL} | changes
+    step = make_problem(
+        head_dim, "paged", packed_q=False, batch=batch, seqlen_q=seqlen_q, total_q=batch * seqlen_q,
+        num_heads=8 * group, num_kv_heads=8, **options,
+    )  # fmt: skip
+    return dataclasses.replace(step, cache=dataclasses.replace(step.cache, rows=rows))

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import CAUSAL, FULL, make_problem
+from problems import CAUSAL, FULL, make_problem, make_step
 
-from cupyattn.plan import DEVICES, KERNELS, effective_window, plan, warmup_variants
+from cupyattn.plan import COUNTER_BYTES, DECODE_BATCH, DEVICES, KERNELS, effective_window, plan, warmup_variants
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -49,9 +49,11 @@ def test_unknown_kernel_and_ancient_chip_are_refused():
 
 
 def test_decode_packs_the_group_and_prefill_does_not():
-    decode = plan(make_problem(128, packed_q=False, seqlen_q=1, total_q=64), DEVICES["90a"])
-    assert decode.group == 4
-    assert decode.grid == 64 * 8
+    step = make_problem(128, packed_q=False, seqlen_q=1, total_q=64)
+    forward = plan(step, DEVICES["90a"], "forward_sm80")
+    assert forward.group == 4
+    assert forward.grid == 64 * 8
+    assert plan(step, DEVICES["90a"]).group == 4
     assert plan(make_problem(128), DEVICES["90a"]).group == 1
 
 
@@ -88,7 +90,7 @@ def test_plans_are_equal_for_equal_problems():
 
 def test_warmup_covers_prefill_decode_and_append():
     variants = warmup_variants("90a", (128,), ("bfloat16",))
-    assert {name for name, _ in variants} == {"forward_sm80", "append_kv"}
+    assert {name for name, _ in variants} == {"forward_sm80", "decode", "append_kv"}
     assert len(variants) == len(set(variants))
     assert any(dict(defines).get("GROUP") == 4 for _, defines in variants)
 
@@ -104,3 +106,60 @@ def test_a_grid_that_no_launch_can_have_is_refused():
     )
     with pytest.raises(ValueError, match="q: got .* thread blocks, expected at most"):
         plan(problem, DEVICES["90a"])
+
+
+@pytest.mark.parametrize("arch", [arch for arch, device in DEVICES.items() if device.capability >= 80])
+@pytest.mark.parametrize("head_dim", [1, 8, 40, 64, 96, 128, 192, 255, 256])
+def test_decode_fits_every_chip(arch, head_dim):
+    """Whatever the group, the queries, the cache's dtype and the batch."""
+    device = DEVICES[arch]
+    for kv_dtype in ("float16", "float8_e5m2"):
+        for group in (1, 4, 7, 16, 71):
+            for seqlen_q in (1, 3, 16, 200):
+                for batch in (1, 9, 300, DECODE_BATCH):
+                    step = make_step(head_dim, batch=batch, seqlen_q=seqlen_q, group=group, kv_dtype=kv_dtype)
+                    made = plan(step, device, "decode")
+                    assert made.kernel == "decode"
+                    assert made.shared_bytes <= device.shared_per_block
+                    assert made.row_blocks * made.tile_rows >= seqlen_q * group > (made.row_blocks - 1) * made.tile_rows
+                    assert made.threads <= 256 and made.grid % made.cluster == 0 and 0 < made.grid
+                    shares = made.grid // made.cluster * (made.last_tier + 1)
+                    assert 4 * (1 + shares * made.cluster) <= COUNTER_BYTES < made.workspace_bytes
+
+
+def test_who_takes_decode():
+    def kernel(arch, **changes):
+        return plan(make_step(128, **changes), DEVICES[arch]).kernel
+
+    assert kernel("80") == kernel("90a") == "decode"
+    assert kernel("90a", seqlen_q=16) == "decode"
+    assert kernel("90a", seqlen_q=17) == kernel("75") == kernel("90a", batch=DECODE_BATCH + 1) == "forward_sm80"
+    assert kernel("90a", seqlen_q=17, kv_dtype="float8_e4m3fn") == "decode"
+    assert kernel("90a", dtype="float32", kv_dtype="float32") == "forward_simt"
+
+
+def test_what_decode_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="kernel: got 'decode', expected 'auto': .* asynchronous copies"):
+        plan(make_step(128), DEVICES["75"], "decode")
+    with pytest.raises(ValueError, match="kernel: got 'decode', expected 'auto': .* float32"):
+        plan(make_step(128, dtype="float32", kv_dtype="float32"), DEVICES["90a"], "decode")
+    with pytest.raises(ValueError, match="kv_dtype: got 'float8_e4m3fn', expected a cache of q's dtype"):
+        plan(make_step(128, kv_dtype="float8_e4m3fn"), DEVICES["75"])
+    with pytest.raises(ValueError, match="kernel: got 'forward_sm80', expected 'auto' or 'decode', which alone reads"):
+        plan(make_step(128, kv_dtype="float8_e4m3fn"), DEVICES["90a"], "forward_sm80")
+
+
+def test_few_units_are_merged_in_clusters_only_where_chips_have_them():
+    few = make_step(128, batch=1, rows=1024)
+    assert plan(few, DEVICES["90a"]).cluster > 1
+    assert plan(few, DEVICES["80"]).cluster == 1
+    assert plan(make_step(128), DEVICES["90a"]).cluster == 1
+
+
+def test_places_in_the_line_count_in_32_bits():
+    """A table that could hold more tiles than that cuts the line at several tiles."""
+    usual = dict(plan(make_step(128), DEVICES["90a"]).defines)["POSITION_TILES"]
+    huge = dict(plan(make_step(128, batch=2048, rows=2**30), DEVICES["90a"]).defines)["POSITION_TILES"]
+    assert usual == 1
+    assert 2048 * 8 * 2**30 / 16 / huge < 2**31
+    assert dict(plan(make_step(128, num_splits=3), DEVICES["90a"]).defines)["POSITION_TILES"] == 0

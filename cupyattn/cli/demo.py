@@ -16,8 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..attention import append_kv, attention_varlen, attention_with_kvcache
+from ..attention import append_kv, attention_varlen
+from ..decode_plan import DecodePlan
 from ..explain import explain
+from ..rotary import apply_rotary
 from .device import Device, Precision, array_module, device_label, dtype_of, synchronize, to_host
 from .model import VOCABULARY, Array, Config, Decoder
 from .progress import progress_bars
@@ -46,6 +48,7 @@ class Report:
     blocks_held: int
     prefill_kernel: str
     decode_kernel: str
+    decode_workspace_bytes: int
     checked_outputs: int
     largest_error: float
     tolerance: float
@@ -82,11 +85,14 @@ class BlockPool:
 
 @dataclass(slots=True)
 class Trace:
-    """What attention was given and gave, layer by layer: host copies of (q, k, v, out), one entry per call."""
+    """What attention was given and gave, layer by layer: host copies of (q, k, v, out), one entry per call.
+
+    q and k are as the model has them, not yet rotated.
+    """
 
     calls: dict[int, list[tuple[np.ndarray, ...]]] = field(default_factory=dict)
     prefill_kernel: str = ""
-    decode_kernel: str = ""
+    plan: DecodePlan | None = None
 
     def record(self, layer: int, *arrays: Array) -> None:
         self.calls.setdefault(layer, []).append(tuple(to_host(x) for x in arrays))
@@ -212,7 +218,8 @@ def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, 
         first = one_pass("first pass", trace)
         lengths = [len(prompt) for prompt in prompts]
         checks = [
-            check(calls, lengths) for calls in progress.track(trace.calls.values(), description="check against float64")
+            check(calls, lengths, [to_host(table) for table in model.rotary_tables(max(lengths) + new_tokens)])
+            for calls in progress.track(trace.calls.values(), description="check against float64")
         ]
         served = one_pass("timed pass", None)
     # Layers differ in scale: report the one that comes closest to its own limit, or that is not a number.
@@ -235,7 +242,8 @@ def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, 
         blocks_used=served.blocks_used,
         blocks_held=held,
         prefill_kernel=trace.prefill_kernel,
-        decode_kernel=trace.decode_kernel,
+        decode_kernel="" if trace.plan is None else trace.plan.kernel,
+        decode_workspace_bytes=0 if trace.plan is None else trace.plan.workspace_bytes,
         checked_outputs=sum(found.outputs for found in checks),
         largest_error=worst.error,
         tolerance=worst.tolerance,
@@ -270,10 +278,13 @@ def serve(
     block_table, cache_seqlens = xp.asarray(table), xp.asarray(lengths)
     longest = int(lengths.max())
     tokens = xp.asarray(np.frombuffer(b"".join(prompts), dtype=np.uint8).astype(np.int32))
-    positions = xp.asarray(np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]))
+    cos, sin = model.rotary_tables(longest + steps)
+    rotary = dict(rotary_cos=cos, rotary_sin=sin)
 
     def prefill(layer: int, q: Array, k: Array, v: Array) -> Array:
-        append_kv(layers_k[layer], layers_v[layer], k, v, cu_seqlens_new=cu_seqlens, block_table=block_table)
+        places = dict(cu_seqlens_new=cu_seqlens, block_table=block_table)
+        append_kv(layers_k[layer], layers_v[layer], k, v, **places, **rotary, rotary_interleaved=False)
+        rotated = apply_rotary(q, cos, sin, cu_seqlens=cu_seqlens, interleaved=False)
         args = dict(
             cu_seqlens_q=cu_seqlens,
             seqused_k=cache_seqlens,
@@ -282,19 +293,26 @@ def serve(
             max_seqlen_k=longest,
             causal=True,
         )
-        out = attention_varlen(q, layers_k[layer], layers_v[layer], **args)
+        out = attention_varlen(rotated, layers_k[layer], layers_v[layer], **args)
         if trace is not None:
             trace.record(layer, q, k, v, out)
-            trace.prefill_kernel = trace.prefill_kernel or explain(q, layers_k[layer], layers_v[layer], **args).kernel
+            kernel = trace.prefill_kernel or explain(rotated, layers_k[layer], layers_v[layer], **args).kernel
+            trace.prefill_kernel = kernel
         return out
 
+    plan: DecodePlan | None = None  # all steps and layers have arrays of one form
+
     def decode(layer: int, q: Array, k: Array, v: Array) -> Array:
+        nonlocal plan
         q, k, v = (x[:, None] for x in (q, k, v))
-        args = dict(k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table, causal=True)
-        out = attention_with_kvcache(q, layers_k[layer], layers_v[layer], **args)
+        caches = layers_k[layer], layers_v[layer]
+        args = dict(k=k, v=v, cache_seqlens=cache_seqlens, block_table=block_table, **rotary)
+        if plan is None:
+            plan = DecodePlan(q, *caches, **args, rotary_interleaved=False, causal=True)
+        out = plan.run(q, *caches, **args)
         if trace is not None:
             trace.record(layer, q[:, 0], k[:, 0], v[:, 0], out[:, 0])
-            trace.decode_kernel = trace.decode_kernel or explain(q, layers_k[layer], layers_v[layer], **args).kernel
+            trace.plan = plan
         return out[:, 0]
 
     def sample(hidden: Array, step: int) -> Array:
@@ -302,7 +320,7 @@ def serve(
 
     synchronize(xp)
     started = time.perf_counter()
-    hidden = model.forward(tokens, positions, prefill)
+    hidden = model.forward(tokens, prefill)
     generated = [sample(hidden[cu_seqlens[1:] - 1], 0)]
     synchronize(xp)
     prefilled = time.perf_counter()
@@ -313,7 +331,7 @@ def serve(
         if reserve(lengths + 1):
             block_table = xp.asarray(table)
         cache_seqlens = xp.asarray(lengths)
-        hidden = model.forward(generated[-1], cache_seqlens, decode)
+        hidden = model.forward(generated[-1], decode)
         generated.append(sample(hidden, step))
         lengths = lengths + 1
         done()
@@ -321,11 +339,11 @@ def serve(
     return Served(answers, prefilled - started, time.perf_counter() - prefilled, pool.used)
 
 
-def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int]) -> Check:
+def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int], tables: list[np.ndarray]) -> Check:
     """Check one layer's attention calls, a prefill and then decode steps, against float64.
 
     Prefill and decode together are one causal attention over all tokens of a request, so a single float64 pass over
-    packed rows, which knows nothing of blocks, gives what every call must have given.
+    packed rows, which knows nothing of blocks, gives what every call must have given. tables: cos and sin.
     """
     starts = np.cumsum([0, *lengths])
 
@@ -338,10 +356,20 @@ def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int]) -> Check:
         return np.concatenate(rows)
 
     q, k, v, out = (packed(role) for role in range(4))
-    cu_seqlens = np.cumsum([0, *(n + len(calls) - 1 for n in lengths)]).astype(np.int32)
+    totals = [n + len(calls) - 1 for n in lengths]
+    cu_seqlens = np.cumsum([0, *totals]).astype(np.int32)
+    positions = np.concatenate([np.arange(total) for total in totals])
+    q, k = (_rotated(x, *(table[positions] for table in tables)) for x in (q, k))
     oracle = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, kernel="numpy_float64")
     error = float(np.abs(out.astype(np.float64) - oracle).max())
     return Check(out.size, error, tolerance_of(v))
+
+
+def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """x (tokens, heads, head_dim), turned in float64 by its tokens' cos and sin, and rounded to its dtype again."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    cos, sin = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
 def show(report: Report, own_text: bool) -> None:
@@ -351,9 +379,13 @@ def show(report: Report, own_text: bool) -> None:
     table.add_column(style="bold")
     table.add_column()
     decode, kernels = "none: prefill gives each request its first token", f"{report.prefill_kernel} (prefill)"
+    step = "none"
     if report.decode_tokens_per_second:
         decode = _pace(report.decode_seconds, report.decode_tokens_per_second)
         kernels += f", {report.decode_kernel} (decode)"
+        step = (
+            f"append, rotary and attention: one call of a DecodePlan, {report.decode_workspace_bytes:,} bytes workspace"
+        )
     size = report.block_size
     judged = "[green]ok[/]" if report.largest_error <= report.tolerance else "[red]too large[/]"
     for name, value in (
@@ -363,6 +395,7 @@ def show(report: Report, own_text: bool) -> None:
         ("prefill", _pace(report.prefill_seconds, report.prefill_tokens_per_second)),
         ("decode", decode),
         ("KV cache", f"{report.blocks_used:,} of {report.blocks_held:,} blocks in the pool used, {size} tokens each"),
+        ("decode step", step),
         ("kernels", f"{kernels}, {report.dtype}"),
         ("largest error", f"{report.largest_error:.1e}, tolerance {report.tolerance:.1e}: {judged}"),
         ("second pass", "[green]the same tokens[/]" if report.repeatable else "[red]other tokens than the first[/]"),

@@ -1,7 +1,7 @@
 """The demo's language model: a small byte-level decoder with random weights, the same code on NumPy and CuPy.
 
-It knows nothing of caches. `Decoder.forward` hands the queries, keys and values of each layer to a callback, and that
-is where the demo puts paged attention.
+It knows nothing of caches and positions. `Decoder.forward` hands the queries, keys and values of each layer to a
+callback, and that is where the demo puts rotary embedding and paged attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from einops import rearrange
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 Attend = Callable[[int, Array, Array, Array], Array]
-"""(layer, q, k, v) -> out: q and out are (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim)."""
+"""(layer, q, k, v) -> out: q and out are (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim); q and k are
+still to be rotated."""
 
 VOCABULARY = 256
 
@@ -35,7 +36,7 @@ class Config:
 
 
 class Decoder:
-    """RMSNorm, RoPE, grouped-query attention and SwiGLU; weights are drawn from `seed` and mean nothing.
+    """RMSNorm, grouped-query attention and SwiGLU; weights are drawn from `seed` and mean nothing.
 
     The linear layers run in float32. Attention runs in `dtype`: its inputs are rounded to it before the callback.
     """
@@ -65,15 +66,13 @@ class Decoder:
         ]
         self.unembedding = weights(width, VOCABULARY)
 
-    def forward(self, tokens: Array, positions: Array, attend: Attend) -> Array:
-        """Hidden states (tokens, width), float32, of `tokens` (tokens,) at `positions` (tokens,) of their sequences."""
+    def forward(self, tokens: Array, attend: Attend) -> Array:
+        """Hidden states (tokens, width), float32, of `tokens` (tokens,)."""
         linear, head_dim = self._linear, self.config.head_dim
-        cos, sin = self._rotations(positions)
         x = self.embedding[tokens]
         for layer, w in enumerate(self.layers):
             h = _rms_norm(x)
             q, k, v = (rearrange(linear(h, w[name]), "t (h d) -> t h d", d=head_dim) for name in "qkv")
-            q, k = _rotate(q, cos, sin, self.xp), _rotate(k, cos, sin, self.xp)
             out = attend(layer, *(x.astype(self.dtype) for x in (q, k, v)))
             x = x + linear(rearrange(out.astype(np.float32), "t h d -> t (h d)"), w["o"])
             h = _rms_norm(x)
@@ -84,11 +83,11 @@ class Decoder:
         """Next-byte scores (tokens, 256), float32, of hidden states (tokens, width)."""
         return self._linear(hidden, self.unembedding)
 
-    def _rotations(self, positions: Array) -> tuple[Array, Array]:
+    def rotary_tables(self, positions: int) -> tuple[Array, Array]:
+        """cos and sin (positions, head_dim / 2), float32, of the angles that elements i and i + head_dim / 2 turn by."""
         pairs = self.config.head_dim // 2
-        frequencies = self.xp.asarray(self.config.rope_base ** (-np.arange(pairs, dtype=np.float32) / pairs))
-        angles = positions.astype(np.float32)[:, None, None] * frequencies
-        return self.xp.cos(angles), self.xp.sin(angles)
+        angles = np.arange(positions)[:, None] * self.config.rope_base ** (-np.arange(pairs) / pairs)
+        return self.xp.asarray(np.cos(angles).astype(np.float32)), self.xp.asarray(np.sin(angles).astype(np.float32))
 
 
 def _rms_norm(x: Array) -> Array:
@@ -97,11 +96,6 @@ def _rms_norm(x: Array) -> Array:
 
 def _silu(x: Array, xp: ModuleType) -> Array:
     return x / (1 + xp.exp(-x))
-
-
-def _rotate(x: Array, cos: Array, sin: Array, xp: ModuleType) -> Array:
-    first, second = rearrange(x, "t h (two d) -> two t h d", two=2)
-    return xp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
 def _linear(xp: ModuleType) -> Callable[[Array, Array], Array]:
