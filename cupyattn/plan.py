@@ -93,7 +93,6 @@ class DecodeTile:
     stages: int  # tiles in a team's ring
     cluster: int  # blocks
     blocks: int  # of one multiprocessor
-    tiers: int  # of shares, each half as long as those before
     least: int  # tiles of a share
 
     @property
@@ -132,7 +131,6 @@ class Plan:
     reasons: tuple[str, ...]  # why, in sentences
     cluster: int = 1  # blocks that work on one share of the keys
     row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
-    last_tier: int = 0  # decode: of shares, that workers take one by one when they are done with their first
     workspace_bytes: int = 0  # decode: for the sums of keys that several workers share
 
 
@@ -154,7 +152,7 @@ SMALL_TILES = (
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
 DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared memory
-COUNTER_BYTES = 32 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
+COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
 # (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits.
@@ -319,7 +317,6 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
     most_tiles = problem.batch * problem.num_kv_heads * row_blocks * (problem.cache.rows // tile.keys + 2)
     position_tiles = _ceil_div(most_tiles, 2**31)
     workers = device.clusters(tile.cluster) * tile.blocks
-    shares = workers * tile.tiers
     window = effective_window(problem)
     reasons.append(
         f"{workers} workers share all keys evenly, in tiles of {tile.keys}; {tile.teams} teams of warps in each of "
@@ -379,8 +376,7 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         reasons=tuple(reasons),
         cluster=tile.cluster,
         row_blocks=row_blocks,
-        last_tier=tile.tiers - 1,
-        workspace_bytes=COUNTER_BYTES + shares * 2 * used_rows * (padded + 4) * 4,
+        workspace_bytes=COUNTER_BYTES + workers * 2 * used_rows * (padded + 4) * 4,
     )
 
 
@@ -411,7 +407,7 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
             if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
                 continue
             teams = warps // team_warps
-            tile = DecodeTile(teams, team_warps, row_tiles, keys, stages, cluster, blocks, tiers=1, least=least)
+            tile = DecodeTile(teams, team_warps, row_tiles, keys, stages, cluster, blocks, least)
             need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
             fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
             if fits and need <= device.shared_per_block:

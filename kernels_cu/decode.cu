@@ -57,16 +57,13 @@ constexpr int ROWS = WARP_ROWS * TEAM_WARPS; // of a unit; TILE_M
 constexpr int M_TILES = TILE_N / 16;
 constexpr int STEPS = ROW_CHUNKS / 2;        // two 16-byte chunks at a time
 constexpr int D_TILES = PADDED_DIM / 16;
-constexpr int D_TILES_A_STEP = D_TILES / STEPS;
 constexpr u32 TILE_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 QUERY_PITCH = PADDED_DIM * 2 + 16; // an odd number of chunks: eight rows meet eight different groups of banks
 constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;
 constexpr u32 QUERY_BYTES = USED_ROWS * QUERY_PITCH;
-constexpr u32 RING_BYTES = TEAMS * STAGES * STAGE_BYTES;
 constexpr int OUT_STRIDE = PADDED_DIM + 4;   // floats: the lanes of a column of queries then meet different banks
 constexpr int OUT_QUADS = PADDED_DIM / 4;
 constexpr float RESCALE_BITS = 8.0f;
-constexpr u32 TAKEN = 4;
 constexpr int PARTS_AT_ONCE = 16;            // of other workers, on the way from L2 together
 
 static_assert(TILE_N % 16 == 0 && TILE_N <= WARP_SIZE, "a lane looks up the block of each key of a tile");
@@ -126,31 +123,17 @@ __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     return span;
 }
 
-// The line in shares. Each worker has one of the first tier, three quarters of a long line, and takes others when it is
-// done, because some read faster than others: those of each further tier are half as long, and the last tier is the
-// rest. A short line has one tier, and perhaps fewer shares than there are workers.
+// The line in shares, one for each worker, or fewer of a short line; as even as whole numbers allow. (Small shares that
+// workers take as they get done were tried: what they even out, their ends cost.)
 struct Deal {
-    u32 total; // positions
-    u32 width; // shares of a tier
-    u32 last;  // tier
-    u32 each, more; // positions of a share of the first tier, one more for the first `more` of them
+    u32 shares;
+    u32 each, more; // positions of a share, one more for the first `more`
 
-    __device__ __forceinline__ u32 shares() const { return (last + 1) * width; }
-    // Positions from the start of a tier to the end of the line.
-    __device__ __forceinline__ u32 remaining(u32 tier) const { return tier == 0 ? total : tier > last ? 0 : total >> (tier + 1); }
-    __device__ __forceinline__ u32 start(u32 share) const {
-        if (share <= width) return share * each + min(share, more);
-        const u32 tier = share / width, within = share - tier * width, left = remaining(tier), length = left - remaining(tier + 1);
-        return total - left + length / width * within + min(within, length % width);
-    }
+    __device__ __forceinline__ u32 start(u32 share) const { return share * each + min(share, more); }
     // The share that has a position.
     __device__ __forceinline__ u32 owner(u32 position) const {
-        u32 tier = 0;
-        while (total - position <= remaining(tier + 1)) ++tier;
-        const u32 left = remaining(tier), length = left - remaining(tier + 1);
-        const u32 each = length / width, more = length % width, within = position - (total - left);
         const u32 larger = more * (each + 1);
-        return tier * width + (within < larger ? within / (each + 1) : more + (within - larger) / each);
+        return position < larger ? position / (each + 1) : more + (position - larger) / each;
     }
 };
 
@@ -205,25 +188,20 @@ __device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& sh
 }
 
 __device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& shared, u32 workers) {
+    const u32 total = shared.sequences[p.batch - 1].end;
     Deal deal;
-    deal.total = shared.sequences[p.batch - 1].end;
-    deal.width = workers;
-    deal.last = 0;
-    while (deal.last < p.last_tier && deal.total >> (deal.last + 3) >= workers * LEAST_POSITIONS) ++deal.last;
-    if (deal.last == 0) {
-        deal.width = min(workers, max((deal.total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
-        // As many for each unit, where lengths are alike, so that no share holds ends of two.
-        const u32 units = p.batch * p.num_kv_heads * ROW_BLOCKS;
-        if (deal.width > units) deal.width -= deal.width % units;
-    }
-    const u32 length = deal.total - deal.remaining(1);
-    deal.each = length / deal.width;
-    deal.more = length - deal.each * deal.width;
+    deal.shares = min(workers, max((total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
+    // As many for each unit, where lengths are alike, so that no share holds ends of two.
+    const u32 units = p.batch * p.num_kv_heads * ROW_BLOCKS;
+    if (deal.shares > units) deal.shares -= deal.shares % units;
+    deal.each = total / deal.shares;
+    deal.more = total - deal.each * deal.shares;
     return deal;
 }
 
-// To the start of a share.
-__device__ __forceinline__ void go_to_share(const DecodeParams& p, const Shared& shared, const Deal& deal, u32 share, Cursor& at) {
+// The start of a share.
+__device__ __forceinline__ Cursor find_share(const DecodeParams& p, const Shared& shared, const Deal& deal, u32 share) {
+    Cursor at;
     at.line = deal.start(share);
     at.left = deal.start(share + 1) - at.line;
     u32 holds = 0;
@@ -238,24 +216,8 @@ __device__ __forceinline__ void go_to_share(const DecodeParams& p, const Shared&
     at.unit = within / at.span.positions;
     at.from = within % at.span.positions;
     bound_portion(at);
+    return at;
 }
-
-// Which shares this worker has taken: the first by its number, the others from a counter, two ahead of their use, so
-// that a barrier of the block lies between taking and looking.
-struct Taken {
-    u32* shares; // shared memory: of the n-th share at n % TAKEN
-
-    __device__ __forceinline__ u32 share(u32 ordinal) const { return shares[ordinal % TAKEN]; }
-    // By one thread, if there was one before.
-    __device__ __forceinline__ void take(const DecodeParams& p, const Deal& deal, u32 ordinal) const {
-        u32 share = deal.shares();
-        if (deal.last > 0 && shares[(ordinal - 1) % TAKEN] < deal.shares()) {
-            // Each worker counts once too often; the counter wraps to 0 for the next launch.
-            share = deal.width + atomicInc(p.counters, deal.shares() - 1);
-        }
-        shares[ordinal % TAKEN] = share;
-    }
-};
 
 // On to the next unit of the share; `left` becomes 0 behind its end.
 __device__ __forceinline__ void advance(const DecodeParams& p, const Shared& shared, Cursor& at) {
@@ -294,9 +256,9 @@ constexpr int LOOK_UP_TILES = WARP_SIZE / TILE_BLOCKS;
 // The team's next tile to load. Block ids are looked up for LOOK_UP_TILES of the team's tiles at once, and for as many
 // behind them: a load takes as long as a tile's copies when memory is busy.
 struct Loader {
-    Cursor at;     // at.left is 0 before the first share and behind the last
+    Cursor at;
     Keys keys;
-    u32 ordinal;   // of the share, among those of this worker; -1 before the first
+    bool fresh;    // at the start of the share, where nothing has been looked at
     bool ready;    // stands at a tile
     bool first;    // of the team's tiles of the unit
     int tile;
@@ -321,15 +283,12 @@ __device__ __forceinline__ int look_up_blocks(const DecodeParams& p, const Loade
     return block;
 }
 
-// Go on until the loader stands at a tile of this team, or does not know how to: it looks one share ahead of the
-// one in work, `ordinal`.
-__device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& shared, const Deal& deal, const Taken& taken, u32 ordinal, Loader& load) {
-    while (!load.ready) {
-        if (load.at.left > 0) advance(p, shared, load.at);
-        if (load.at.left == 0) {
-            if (load.ordinal + 1 > ordinal + 1 || taken.share(load.ordinal + 1) >= deal.shares()) return;
-            go_to_share(p, shared, deal, taken.share(++load.ordinal), load.at);
-        }
+// Go on until the loader stands at a tile of this team, or the share ends.
+__device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& shared, Loader& load) {
+    while (!load.ready && load.at.left > 0) {
+        if (!load.fresh) advance(p, shared, load.at);
+        if (load.at.left == 0) return;
+        load.fresh = false;
         load.tile = team_tile(load.at);
         load.ready = load.first = load.tile >= first_tile(load.at);
         const Tile tile = unit_tile(p, load.at.sequence, load.at.unit);
@@ -354,6 +313,7 @@ constexpr int OFFSET_ITEMS = CHUNK;
 // Each lane finds one row, which then as many lanes copy as it has chunks.
 __device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& load, u32 stage) {
     constexpr int CHUNKS = TILE_N * ROW_CHUNKS;
+    constexpr int UNROLLED_PASSES = LOAD_BYTES == 16 ? CHUNKS / WARP_SIZE + 1 : 2; // small pieces take more registers
     const int key = (load.at.span.begin + load.tile) * TILE_N + static_cast<int>(threadIdx.x) % TILE_N;
     const bool exists = key >= load.keys.needed && key < cached_keys(p, load.keys);
     bool valid = exists;
@@ -371,7 +331,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& l
     const RowOffset v_row = valid ? static_cast<RowOffset>((outer * p.v_strides.outer + inner * p.v_strides.row) / OFFSET_ITEMS) : 0;
     const u32 there = __ballot_sync(~0u, valid), bad = __ballot_sync(~0u, exists && !valid);
     if (there == ~0u) {
-#pragma unroll
+#pragma unroll UNROLLED_PASSES
         for (int pass = 0; pass < ceil_div(CHUNKS, TEAM_THREADS); ++pass) {
             const int index = pass * TEAM_THREADS + team_thread();
             const int row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
@@ -425,12 +385,12 @@ __device__ __forceinline__ void copy_queries(const DecodeParams& p, const Tile& 
     }
 }
 
-// Fill the ring as far as tiles are known. `done` tiles are used up; each tile is a group of copies. The next unit is
-// found before there is room for its tiles, so that its first blocks are looked up in time.
-__device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& shared, const Deal& deal, const Taken& taken, u32 ordinal, u32 done, Loader& load) {
+// Fill the ring. `done` tiles are used up; each tile is a group of copies. The next unit is found before there is room
+// for its tiles, so that its first blocks are looked up in time.
+__device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& shared, u32 done, Loader& load) {
 #pragma unroll 1
     while (true) {
-        find_tile(p, shared, deal, taken, ordinal, load);
+        find_tile(p, shared, load);
         if (!load.ready || load.loaded - done == STAGES) return;
         const u32 stage = team() * STAGES + load.loaded % STAGES;
         if (load.first) copy_queries(p, unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
@@ -711,11 +671,6 @@ __device__ __forceinline__ void online_softmax(State& state, float (&scores)[M_T
 }
 
 // ---------------------------------------------------------------------------------------------- new keys and values
-
-// How many tokens a sequence held before this call: the position of its first new one, padding counted.
-__device__ __forceinline__ int tokens_before(const DecodeParams& p, int sequence) {
-    return p.seqused_k != nullptr ? p.seqused_k[sequence] : static_cast<int>(p.uniform_length);
-}
 
 #if APPEND
 #if KV_FLOAT8
@@ -1014,7 +969,7 @@ __device__ __forceinline__ void merge_portion(const DecodeParams& p, const Share
         const u32 others = deal.owner(at.line - at.from + at.span.positions - 1) - first;
         __syncthreads();
         // The counter wraps to 0 for the next launch.
-        if (threadIdx.x == 0) last = increment_wrapping(p.counters + 1 + first * CLUSTER + cluster_rank(), others) == others;
+        if (threadIdx.x == 0) last = increment_wrapping(p.counters + first * CLUSTER + cluster_rank(), others) == others;
         __syncthreads();
         if (last) {
             merge_shares(p, tile, rows, first, others + 1, poison);
@@ -1037,82 +992,72 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     extern __shared__ __align__(1024) uint4 shared_memory[];
     const Shared shared(shared_memory);
 
-    __shared__ u32 taken_shares[TAKEN];
-    const Taken taken = {taken_shares};
-    const u32 worker = blockIdx.x / CLUSTER, workers = gridDim.x / CLUSTER;
+    const u32 worker = blockIdx.x / CLUSTER;
     if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
     else prefetch_table(p);
     __syncthreads();
-    const Deal deal = find_deal(p, shared, workers);
-    if (worker >= deal.width) return;
-    if (threadIdx.x == 0) {
-        taken.shares[0] = worker;
-        taken.take(p, deal, 1);
-    }
-    __syncthreads();
+    const Deal deal = find_deal(p, shared, gridDim.x / CLUSTER);
+    if (worker >= deal.shares) return;
 
     const float unit = score_unit(p);
+    Cursor at = find_share(p, shared, deal, worker);
     Loader load;
-    load.at.left = 0;
-    load.ordinal = ~0u;
+    load.at = at;
+    load.fresh = true;
     load.ready = false;
     load.loaded = 0;
     u32 done = 0; // tiles
-    for (u32 ordinal = 0; taken.share(ordinal) < deal.shares(); ++ordinal) {
-        const u32 share = taken.share(ordinal);
-        if (threadIdx.x == 0) taken.take(p, deal, ordinal + 2);
-        Cursor at;
-        for (go_to_share(p, shared, deal, share, at); at.left > 0; advance(p, shared, at)) {
-            const Tile tile = unit_tile(p, at.sequence, at.unit);
-            const Keys keys = place_keys(p, tile.sequence, shared.rows(tile.sequence), tile.head);
-            const int seqlen_k = keys.length, shift = seqlen_k - p.seqlen_q;
-            const int before = tokens_before(p, tile.sequence);
-            const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
-            const KeyRange last_sees = visible_keys(p, min((tile.first_row + ROWS - 1) / GROUP, p.seqlen_q - 1), shift, seqlen_k);
-            Queries queries;
-            float factor[ROW_TILES][2], slope[ROW_TILES][2];
+    for (; at.left > 0; advance(p, shared, at)) {
+        const Tile tile = unit_tile(p, at.sequence, at.unit);
+        const Rows rows = shared.rows(tile.sequence);
+        const Keys keys = place_keys(p, tile.sequence, rows, tile.head);
+        const int seqlen_k = keys.length, shift = seqlen_k - p.seqlen_q;
+        const int before = rows.first + rows.length - p.seqlen_new; // tokens ahead of the new ones, padding counted
+        const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
+        const KeyRange last_sees = visible_keys(p, min((tile.first_row + ROWS - 1) / GROUP, p.seqlen_q - 1), shift, seqlen_k);
+        Queries queries;
+        float factor[ROW_TILES][2], slope[ROW_TILES][2];
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r)
+        for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) slope[r][i] = alibi_slope(p, tile, find_query_row(tile, lane_row(r, i)));
-            State state;
-            clear(state);
-            const int own_first = team_tile(at);
-            for (int t = own_first;; t -= TEAMS * CLUSTER) {
-                fill_ring(p, shared, deal, taken, ordinal, done, load);
+            for (int i = 0; i < 2; ++i) slope[r][i] = alibi_slope(p, tile, find_query_row(tile, lane_row(r, i)));
+        State state;
+        clear(state);
+        const int own_first = team_tile(at);
+        for (int t = own_first;; t -= TEAMS * CLUSTER) {
+            fill_ring(p, shared, done, load);
 #if APPEND
-                // While the first tiles are on their way.
-                if (t == own_first && at.to == at.span.positions && tile.first_row == 0 && cluster_rank() == 0) {
-                    store_new_rows(p, tile, shared.rows(tile.sequence), keys, before);
-                }
-#endif
-                if (t < first_tile(at)) break;
-                const u32 stage = team() * STAGES + done % STAGES;
-                const u32 from = shared.ring + stage * STAGE_BYTES;
-                const int first_key = (at.span.begin + t) * TILE_N;
-                wait_tile(load.loaded - done);
-                team_sync(); // the tile has arrived for all of the team
-                if (t == own_first) {
-#if ROTARY
-                    rotate_queries(p, tile, before, shared.queries + stage * QUERY_BYTES);
-#endif
-                    load_queries(p, tile, shared.queries + stage * QUERY_BYTES, queries, factor);
-                }
-#if APPEND
-                if (first_key + TILE_N > cached_keys(p, keys)) insert_new_rows(p, tile, keys, before, first_key, from);
-#endif
-                float scores[M_TILES][ROW_TILES][4];
-                multiply_keys(scores, queries, from);
-                const bool masked = first_key + TILE_N > first_sees.end || first_key < last_sees.begin;
-                shape_scores(p, tile, seqlen_k, first_key, masked, factor, slope, scores);
-                online_softmax(state, scores, unit);
-                multiply_values(state, scores, from + TILE_BYTES);
-                team_sync(); // all of the team are done with the tile
-                ++done;
+            // While the first tiles are on their way.
+            if (t == own_first && at.to == at.span.positions && tile.first_row == 0 && cluster_rank() == 0) {
+                store_new_rows(p, tile, rows, keys, before);
             }
-            if (own_first >= first_tile(at)) put_state(shared, state, unit);
-            merge_portion(p, shared, tile, at, deal, share, keys.bad);
+#endif
+            if (t < first_tile(at)) break;
+            const u32 stage = team() * STAGES + done % STAGES;
+            const u32 from = shared.ring + stage * STAGE_BYTES;
+            const int first_key = (at.span.begin + t) * TILE_N;
+            wait_tile(load.loaded - done);
+            team_sync(); // the tile has arrived for all of the team
+            if (t == own_first) {
+#if ROTARY
+                rotate_queries(p, tile, before, shared.queries + stage * QUERY_BYTES);
+#endif
+                load_queries(p, tile, shared.queries + stage * QUERY_BYTES, queries, factor);
+            }
+#if APPEND
+            if (first_key + TILE_N > cached_keys(p, keys)) insert_new_rows(p, tile, keys, before, first_key, from);
+#endif
+            float scores[M_TILES][ROW_TILES][4];
+            multiply_keys(scores, queries, from);
+            const bool masked = first_key + TILE_N > first_sees.end || first_key < last_sees.begin;
+            shape_scores(p, tile, seqlen_k, first_key, masked, factor, slope, scores);
+            online_softmax(state, scores, unit);
+            multiply_values(state, scores, from + TILE_BYTES);
+            team_sync(); // all of the team are done with the tile
+            ++done;
         }
+        if (own_first >= first_tile(at)) put_state(shared, state, unit);
+        merge_portion(p, shared, tile, at, deal, worker, keys.bad);
     }
     wait_copies<0>();
 }

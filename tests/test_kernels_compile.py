@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from problems import FULL, NO_STRIDES, make_problem
+from problems import FULL, NO_STRIDES, make_problem, make_step
 
 from cupyattn.plan import DEVICES, MERGE_CAPACITIES, STATIC_SHARED, Defines, plan, plan_append, plan_merge, plan_rotary
 from cupyattn.problem import Append, Problem, Rotary
@@ -58,6 +58,52 @@ def test_float32_kernel(arch, family):
 
 def test_chips_without_16_bit_matrices_take_the_float32_kernel():
     _compile(make_problem(64, dtype="bfloat16"), "75", "forward_simt")
+
+
+STEPS = {
+    "mha": {"group": 1},
+    "group": {},
+    "mqa": {"group": 16},
+    "draft": {"seqlen_q": 16},
+    "shaped": {"seqlen_q": 2, "softcap": 30.0, "alibi": "heads", "window": (100, 0)},
+    "dense": {"kind": "dense"},
+    "e4m3": {"kv_dtype": "float8_e4m3fn", "group": 8},
+    "e5m2": {"kv_dtype": "float8_e5m2", "dtype": "bfloat16"},
+    "unaligned": {"alignment": 2, "out_alignment": 2},
+    "few": {"batch": 1, "rows": 1024},
+    "split": {"num_splits": 4, "block_size": 1},
+}
+
+
+@pytest.mark.parametrize("arch", ("80", "86", "89", "90a", "100a", "120a"))
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("family", STEPS)
+def test_decode_kernel(arch, head_dim, family):
+    if arch not in ("80", "90a") and (head_dim == 64 or family in ("mha", "dense", "unaligned", "few", "split")):
+        pytest.skip("compiled for this chip with other widths and families")
+    _compile(_step(head_dim, **STEPS[family]), arch, "decode")
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 80, 96, 112, 160, 192, 224])
+@pytest.mark.parametrize("family", ["shaped", "e4m3", "mqa"])
+def test_decode_widths(head_dim, family):
+    _compile(_step(head_dim, **STEPS[family]), "90a", "decode")
+
+
+@pytest.mark.parametrize("arch", ("80", "90a"))
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_decode_with_append_and_rotary(arch, interleaved, kv_dtype):
+    for head_dim, dtype in ((128, "float32"), (256, "bfloat16")):
+        rotary = Rotary(head_dim // 2, interleaved, 4096, dtype, True)
+        append = make_append(head_dim, kv_dtype=kv_dtype, rotary=rotary)
+        _compile(_step(head_dim, dtype="bfloat16", kv_dtype=kv_dtype, append=append, rotary=rotary), arch, "decode")
+
+
+def _step(head_dim: int, *, kind: str = "paged", block_size: int = 16, **changes) -> Problem:
+    step = make_step(head_dim, **changes)
+    cache = dataclasses.replace(step.cache, kind=kind, block_size=block_size if kind == "paged" else 0)
+    return dataclasses.replace(step, cache=cache)
 
 
 HALVES, INTERLEAVED = (
@@ -142,11 +188,10 @@ def _compile_kernel(name: str, defines: Defines, arch: str) -> None:
 
 def _compile(problem: Problem, arch: str, kernel: str) -> None:
     device = DEVICES[arch]
-    made = plan(problem, device)
-    assert made.kernel == kernel
+    made = plan(problem, device, kernel)
     compiled = compile.compile_cubin(made.kernel, made.defines, arch)
     assert compiled.cubin[:4] == b"\x7fELF"
     assert compiled.spill_bytes == 0, f"{compiled.spill_bytes} bytes spilled with {dict(made.defines)}"
     assert made.shared_bytes + compiled.shared_bytes <= device.shared_per_block
-    if kernel == "forward_sm80":
+    if kernel in ("forward_sm80", "decode"):
         assert compiled.shared_bytes <= STATIC_SHARED, "plans count on this much beside the tiles"

@@ -383,9 +383,8 @@ def show(report: Report, own_text: bool) -> None:
     if report.decode_tokens_per_second:
         decode = _pace(report.decode_seconds, report.decode_tokens_per_second)
         kernels += f", {report.decode_kernel} (decode)"
-        step = (
-            f"append, rotary and attention: one call of a DecodePlan, {report.decode_workspace_bytes:,} bytes workspace"
-        )
+        step = "rotary, append and attention in one call of a DecodePlan"
+        step += f", {report.decode_workspace_bytes:,} bytes workspace" if report.decode_workspace_bytes else ""
     size = report.block_size
     judged = "[green]ok[/]" if report.largest_error <= report.tolerance else "[red]too large[/]"
     for name, value in (

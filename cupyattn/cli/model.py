@@ -84,7 +84,7 @@ class Decoder:
         return self._linear(hidden, self.unembedding)
 
     def rotary_tables(self, positions: int) -> tuple[Array, Array]:
-        """cos and sin (positions, head_dim / 2), float32, of the angles that elements i and i + head_dim / 2 turn by."""
+        """cos and sin (positions, head_dim / 2), float32: elements i and i + head_dim / 2 turn together."""
         pairs = self.config.head_dim // 2
         angles = np.arange(positions)[:, None] * self.config.rope_base ** (-np.arange(pairs) / pairs)
         return self.xp.asarray(np.cos(angles).astype(np.float32)), self.xp.asarray(np.sin(angles).astype(np.float32))

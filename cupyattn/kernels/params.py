@@ -63,7 +63,7 @@ def pack(operands: Operands, tail: bytes) -> np.void:
 
 
 _DECODE_POINTERS = struct.Struct("<8Q")
-_DECODE_SCALARS = struct.Struct("<6q2f6i")
+_DECODE_SCALARS = struct.Struct("<6q2f5i4x")
 
 
 def decode_scalars(problem: Problem, plan: Plan) -> bytes:
@@ -80,7 +80,6 @@ def decode_scalars(problem: Problem, plan: Plan) -> bytes:
         rotary.positions if rotary is not None else 0,
         int(rotary is not None and rotary.per_query),
         problem.num_splits,
-        plan.last_tier,
     )
 
 

@@ -13,14 +13,13 @@ struct DecodeParams : ForwardParams {
     const float* k_scales;         // KV_FLOAT8; null: k_scale holds for all heads
     const float* v_scales;
     float* partials;               // [2 * shares] sums of portions, see decode.cu
-    u32* counters;                 // 0 between launches: of shares taken, then of arrivals [shares * CLUSTER]
+    u32* counters;                 // [shares * CLUSTER] of blocks whose sums have arrived, 0 between launches
     Strides k_new_strides, v_new_strides;
     float k_scale, v_scale;
     int k_scale_stride, v_scale_stride; // 0: one number for all heads
     int rotary_positions;
     int rotary_per_query;          // 0: all queries stand at the length before this call
     int num_splits;                // the most pieces of one unit, with POSITION_TILES 0
-    int last_tier;                 // the most tiers of shares, less one
 };
 
 __device__ __forceinline__ float key_scale(const DecodeParams& p, int kv_head) {

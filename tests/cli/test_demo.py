@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cupyattn import attention_varlen
+from cupyattn import DecodePlan, apply_rotary, attention_varlen
 from cupyattn.cli import app, demo, device
 from cupyattn.cli.device import why_no_gpu
 from cupyattn.cli.model import Config, Decoder
@@ -39,6 +39,7 @@ def test_table_names_everything():
         "decode",
         "tokens/s",
         "blocks in the pool used",
+        "rotary, append and attention in one call of a DecodePlan",
         "kernels",
         "largest error",
         "tolerance",
@@ -108,27 +109,29 @@ def test_serving_equals_the_model_without_a_cache():
     noise = demo._sampling_noise(np, len(prompts), steps, seed=3)
     pool = demo.BlockPool(np, config, num_blocks=300, block_size=16, dtype=dtype)
     served = demo.serve(model, prompts, noise, pool, None, lambda: None)
+    tables = model.rotary_tables(1000)
     for row, prompt in enumerate(prompts):
         tokens = np.concatenate([np.frombuffer(prompt, np.uint8), served.tokens[row, :-1]]).astype(np.int32)
         ends = np.array([0, len(tokens)], np.int32)
 
         def attend(layer, q, k, v, ends=ends):
+            q, k = (apply_rotary(x, *tables, cu_seqlens=ends, interleaved=False) for x in (q, k))
             return attention_varlen(q, k, v, ends, ends, causal=True)
 
-        logits = model.logits(model.forward(tokens, np.arange(len(tokens), dtype=np.int32), attend))[len(prompt) - 1 :]
+        logits = model.logits(model.forward(tokens, attend))[len(prompt) - 1 :]
         expected = (logits / demo.TEMPERATURE + noise[:, row]).argmax(axis=-1)
         assert (expected == served.tokens[row]).all()
 
 
 def test_wrong_attention_is_noticed(monkeypatch):
-    right = demo.attention_with_kvcache
+    right = DecodePlan.run
 
-    def wrong(*arrays, **options):
-        out = right(*arrays, **options)
+    def wrong(plan, *arrays, **options):
+        out = right(plan, *arrays, **options)
         out[0, 0, 0, 0] += 0.01
         return out
 
-    monkeypatch.setattr(demo, "attention_with_kvcache", wrong)
+    monkeypatch.setattr(DecodePlan, "run", wrong)
     result = invoke(*CPU, *SMALL)
     assert result.exit_code == 1
     assert "too large" in result.stdout and "FAIL: " in result.stdout and "cupyattn doctor" in result.stdout
@@ -137,6 +140,13 @@ def test_wrong_attention_is_noticed(monkeypatch):
 def test_wrong_append_is_noticed(monkeypatch):
     right = demo.append_kv
     monkeypatch.setattr(demo, "append_kv", lambda kc, vc, k, v, **options: right(kc, vc, v, k, **options))
+    assert invoke(*CPU, *SMALL).exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["append_kv", "apply_rotary"])
+def test_wrong_rotation_is_noticed(monkeypatch, name):
+    right, style = getattr(demo, name), {"append_kv": "rotary_interleaved", "apply_rotary": "interleaved"}[name]
+    monkeypatch.setattr(demo, name, lambda *arrays, **options: right(*arrays, **options | {style: True}))
     assert invoke(*CPU, *SMALL).exit_code == 1
 
 
