@@ -331,7 +331,7 @@ class _Form:
     reach: tuple[int, int]  # bytes from its address to the lowest, and behind the highest
 
     def __str__(self) -> str:
-        return f"a {self.dtype} array of shape {self.shape} on {device_name(self.device)}"
+        return f"an array of {self.dtype}, shape {self.shape}, on {device_name(self.device)}"
 
 
 def _form(role: str, operands: Operands, call: Call) -> _Form | None:

@@ -240,9 +240,32 @@ __device__ __forceinline__ int end_tile(const Cursor& at) { return min(at.to * a
 __device__ __forceinline__ int team() { return threadIdx.x / TEAM_THREADS; }
 __device__ __forceinline__ int team_thread() { return threadIdx.x % TEAM_THREADS; }
 
+#if TEAM_WARPS > 1
+__shared__ unsigned long long team_barriers[TEAMS];
+#endif
+
+// By one thread of each team, before a barrier of the block.
+__device__ __forceinline__ void init_team_sync() {
+#if TEAM_WARPS > 1
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(team_barriers + team())), "n"(TEAM_THREADS) : "memory");
+#endif
+}
+
+// Barriers in shared memory and not the numbered ones, which racecheck does not follow when several are in use.
 __device__ __forceinline__ void team_sync() {
-    if constexpr (TEAM_WARPS == 1) __syncwarp();
-    else asm volatile("bar.sync %0, %1;" ::"r"(1 + team()), "n"(TEAM_THREADS) : "memory");
+#if TEAM_WARPS > 1
+    asm volatile(
+        "{\n"
+        ".reg .b64 phase;\n"
+        ".reg .pred all;\n"
+        "mbarrier.arrive.shared.b64 phase, [%0];\n"
+        "again:\n"
+        "mbarrier.test_wait.shared.b64 all, [%0], phase;\n"
+        "@!all bra again;\n"
+        "}" ::"r"(shared_address(team_barriers + team())) : "memory");
+#else
+    __syncwarp();
+#endif
 }
 
 // Tiles of a portion that belong to this team: counted back from the last, in turns over blocks, then teams.
@@ -993,6 +1016,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     const Shared shared(shared_memory);
 
     const u32 worker = blockIdx.x / CLUSTER;
+    if (team_thread() == 0) init_team_sync();
     if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
     else prefetch_table(p);
     __syncthreads();

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,14 @@ import pytest
 from typer.testing import CliRunner
 
 import cupyattn
+from cupyattn import plan
 from cupyattn.cli import app
 from cupyattn.cli.device import why_no_gpu
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RECORD = ROOT / "notebooks" / "results" / "prefill.json"
+DECODE_RECORD = ROOT / "notebooks" / "results" / "decode.json"
 
 
 def blocks(language: str) -> list[str]:
@@ -33,6 +36,12 @@ def blocks(language: str) -> list[str]:
 def needs(block: str) -> list[str]:
     """The array libraries that a block imports."""
     return [name for name in ("cupy", "torch", "jax") if re.search(rf"^(import|from) {name}\b", block, re.MULTILINE)]
+
+
+def tables(heading: str) -> list[list[str]]:
+    """The rows of each table in the section with this heading, without the first row and the line below it."""
+    section = re.split(r"^#", README.partition(f"\n{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    return [table.splitlines()[2:] for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: "-".join(needs(block)) or "numpy")
@@ -66,12 +75,23 @@ def test_command_exists(command):
 
 
 def test_options_exist():
-    for command, options in re.findall(
-        r"^cupyattn (\w+)((?: --?[\w-]+(?: [\w./]+)?)+)$", "".join(blocks("console")), re.M
+    for command, argument, options in re.findall(
+        r"^cupyattn (\w+)(?: (\w+))?((?: --?[\w-]+(?: [\w./]+)?)*)$", "".join(blocks("console")), re.M
     ):
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        assert re.search(rf"\[(\w+\|)*{argument}(\|\w+)*\]", text) or not argument, f"{command} {argument}"
         for option in re.findall(r"--[\w-]+", options):
             assert option in text, f"{command} {option}"
+
+
+def test_every_public_function_is_in_the_table():
+    (rows,) = tables("## The functions")
+    assert sorted(re.match(r"\| `(\w+)", row)[1] for row in rows) == sorted(set(cupyattn.__all__) - {"Explanation"})
+
+
+def test_limits_of_decode():
+    assert f"at most {plan.DECODE_BATCH} sequences" in README
+    assert f"at most {plan.MOST_DECODE_QUERIES} queries" in README
 
 
 def test_setup_commands():
@@ -117,3 +137,50 @@ def test_speed_numbers_are_those_of_the_record():
     for library in ("cupy", "torch"):
         if library in record["host"]:
             assert f"{record['host'][library]['median_us']:.0f} µs" in README
+
+
+def decode_rows() -> tuple[list[str], list[str]]:
+    """The rows of the README's two tables on decode, as the record has them: against peers, and all other figures.
+
+    A peer is the faster in a cell if the two differ by more than either does from round to round. Of its kernels the
+    fastest counts.
+    """
+    record = json.loads(DECODE_RECORD.read_text())
+    peers, others = [], []
+    for peer in record["summary"]:
+        ratios: dict[str, list[tuple[float, str, bool]]] = {"all": []}
+        for cell in record["cells"]:
+            timed = {name: found for name, found in cell["contenders"].items() if "ms" in found}
+            theirs = [found for name, found in timed.items() if name.removesuffix("_tc") == peer]
+            if cell["section"] == "grid" and theirs and "cupyattn" in timed:
+                best, ours = min(theirs, key=lambda found: found["ms"]), timed["cupyattn"]
+                ratio = best["ms"] / ours["ms"]
+                found = ratio, cell["name"], ratio < 1 - max(best["spread"], ours["spread"])
+                ratios["all"].append(found)
+                ratios.setdefault(f"{cell['heads']}/{cell['kv_heads']}", []).append(found)
+        for heads in sorted(ratios, key=lambda heads: (heads != "all", min(ratios[heads]))):
+            lowest, where, _ = min(ratios[heads])
+            mean = statistics.geometric_mean(ratio for ratio, *_ in ratios[heads])
+            lost = sum(peer_is_faster for *_, peer_is_faster in ratios[heads])
+            count = len(ratios[heads])
+            peers.append(f"| {peer} | {heads} | {mean:.2f} | {lowest:.2f} ({where}) | {lost} of {count} |")
+    for target in record["targets"]:
+        if not target["what"].startswith(("grid ", "16/1 ", "host time ")):  # these are above or below
+            where = f" ({target['cell']})" if target["cell"] else ""
+            others.append(f"| {target['what']} | {target['value']:.3g}{where} |")
+    others += [f"| host time of {call}, µs | {time['median_us']:.3g} |" for call, time in record["host"].items()]
+    return peers, others
+
+
+def test_decode_numbers_are_those_of_the_record():
+    quoted = tables("### Decode")
+    if not DECODE_RECORD.is_file():
+        assert quoted == [], "the README quotes speeds that no committed record backs"
+        return
+    record = json.loads(DECODE_RECORD.read_text())
+    rows = decode_rows()
+    assert quoted == list(rows), "paste these rows:\n" + "\n\n".join(map("\n".join, rows))
+    for peer, line in record["summary"].items():
+        assert f"| {peer} | all | {line['geometric_mean']:.2f} | {line['minimum']:.2f} (" in "".join(rows[0])
+    assert f"in {sum(cell['section'] == 'grid' for cell in record['cells'])} shapes" in README
+    assert record["machine"]["gpu"] in README

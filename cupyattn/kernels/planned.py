@@ -63,6 +63,7 @@ class PlannedDecode:
         self._of_thread = threading.local()
         self._kept = False
         self._quick = _Quick(operands, prepared.problem.lse)
+        self._argument()  # a graph may be captured before anything else is run
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
