@@ -155,13 +155,18 @@ DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared
 COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
-# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits.
+# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. Two tiles a warp on the way,
+# over eight warps, saturate an H200's memory; deeper rings were slower (64 x 8k, 32/8 heads: 552, 564 and 582 us with
+# 2, 3 and 5 stages of four warps), two blocks of four warps beat one of eight by 2 % where each has many units.
 DECODE_SHAPES = ((2, 2, 4), (2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
-SMALL_CACHE = 20 << 20  # bytes that one read of takes about as long as splitting and merging
+# Bytes of keys and values up to which merging within a cluster, and not through memory, gains more than the
+# multiprocessors cost that no cluster fills. H200, us with and without: 4 MB 11.5 and 13.2, 17 MB 15.6 and 17.0,
+# 34 MB 25.9 and 22.7.
+SMALL_CACHE = 20 << 20
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
-# cache. Sections of all pairs lose up to 0.15 of the speed (notebooks/results/tiles.json).
+# cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
 FULL_SECTION = 1
 # Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
@@ -393,7 +398,8 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
     columns = _ceil_div(rows, 8)
     itemsize = problem.kv_itemsize
     keys = 32 if padded_dim * itemsize <= 128 else 16
-    # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything.
+    # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything
+    # (H200, 16/1 heads, 256 x 1k: 55 us against 66).
     team_warps = 1
     while team_warps < 8 and team_warps < columns:
         team_warps *= 2

@@ -19,6 +19,7 @@
 //     Q  [TILE_M]           reused for the output tile
 //     K  [STAGES][TILE_N]
 //     V  [STAGES][TILE_N]
+// and, static, what the block knows of its work (Work): the main loop leaves no registers for it.
 //
 // Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N WARPS STAGES GROUP PACKED_Q CACHE_KIND BLOCK_SIZE
 // MASK SOFTCAP ALIBI SCALE_FIRST LOAD_BYTES STORE_BYTES.

@@ -1,0 +1,167 @@
+"""How a step becomes launches: which kernels, in which order, over which arrays. CUDA is stood in for.
+
+At the end, on a device, the numbers of steps that append and rotate without the decode kernel.
+"""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from oracle import normal
+from test_arrays import Runtime, at_address
+from test_decode import dense, held, ints, paged, tables
+from test_decode import step as checked_step
+
+from cupyattn import arrays, attention_with_kvcache
+from cupyattn.attention import remembered
+from cupyattn.kernels import launch, workspace
+from cupyattn.plan import DEVICES
+
+ROTATED = OUT = 0xE0000000  # what the stand-in for CuPy's allocator gives
+
+
+class Launches(Runtime):
+    """CuPy's runtime, and what was launched: (kernel, its argument as 8-byte words, stream)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.arch = "90a"
+
+    def enqueue(self, function, grid, block, argument, shared, stream):
+        assert grid[0] and block[0]
+        self.seen.append((function, np.frombuffer(argument.tobytes(), np.int64), stream))
+
+    @property
+    def kernels(self):
+        return [name for name, _, _ in self.seen]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    made = Launches()
+    cupy = made.module()
+    monkeypatch.setattr(arrays, "_cupy", lambda: cupy)
+    monkeypatch.setattr(launch, "describe_device", lambda device: DEVICES[made.arch])
+    monkeypatch.setattr(launch.jit, "load", lambda name, *rest: types.SimpleNamespace(function=name, meta={}))
+    monkeypatch.setattr(launch, "workspace", lambda *arguments: types.SimpleNamespace(pointer=0x70000000))
+    monkeypatch.setattr(launch, "enqueue", made.enqueue)
+    monkeypatch.setattr("cupyattn.kernels.rotary.enqueue", made.enqueue)
+    monkeypatch.setattr("cupyattn.kernels.rotary.describe_device", launch.describe_device)
+    monkeypatch.setattr(workspace, "_is_capturing", lambda: cupy.cuda.runtime.streamIsCapturing)
+    monkeypatch.setattr(workspace, "_kept", [])
+    remembered.clear()
+    yield made
+    remembered.clear()
+
+
+def at(base, shape, dtype="float16"):
+    return at_address(base, shape, dtype)
+
+
+def new_rows(dtype="float16", count=2, rotary=True):
+    """Options of a step of three sequences that appends `count` tokens to each."""
+    options = {"k": at(0x400000, (3, count, 2, 64), dtype), "v": at(0x500000, (3, count, 2, 64), dtype)}
+    if rotary:
+        options |= {"rotary_cos": at(0x600000, (90, 32), "float32"), "rotary_sin": at(0x700000, (90, 32), "float32")}
+    return options
+
+
+def run(seqlen_q=2, dtype="float16", lengths=0x800, q=None, **options):
+    lengths = at(lengths, (3,), "int32") if lengths >= 0x800 else lengths
+    caches = (at(base, (3, 80, 2, 64), dtype) for base in (0x200000, 0x300000))
+    q = at(0x100000, (3, seqlen_q, 8, 64), dtype) if q is None else q
+    return attention_with_kvcache(q, *caches, cache_seqlens=lengths, causal=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "seqlen_q", "forward"),
+    [
+        ("90a", "float32", 1, "forward_simt"),
+        ("75", "float16", 2, "forward_sm80"),
+        ("90a", "float16", 17, "forward_sm80"),
+        ("70", "bfloat16", 1, "forward_simt"),
+    ],
+)
+def test_a_kernel_that_only_attends_comes_behind_an_append_and_a_rotation(launches, arch, dtype, seqlen_q, forward):
+    launches.arch, launches.streams = arch, {0: 5}
+    run(seqlen_q, dtype, **new_rows(dtype))
+    assert launches.kernels == ["append_kv", "rotary", forward]
+    assert [stream for _, _, stream in launches.seen] == [5, 5, 5]
+    append, rotary, attend = (words.tolist() for _, words, _ in launches.seen)
+    assert append[:4] == [0x400000, 0x500000, 0x200000, 0x300000] and append[5] == 0x800
+    assert append[8:10] == [0x600000, 0x700000]
+    assert rotary[:7] == [0x100000, ROTATED, 0x600000, 0x700000, 0x800, 0, 0]
+    assert attend[:4] == [ROTATED, 0x200000, 0x300000, OUT] and attend[7] == 0x800
+
+
+def test_the_decode_kernel_does_all_by_itself(launches):
+    run(16, **new_rows())
+    assert launches.kernels == ["decode"]
+
+
+def test_only_what_there_is_is_launched(launches):
+    launches.arch = "75"
+    run(**new_rows(rotary=False))
+    assert launches.kernels == ["append_kv", "forward_sm80"]
+    assert launches.seen[1][1][0] == 0x100000, "q itself"
+    launches.seen.clear()
+    run(**new_rows(count=0))
+    assert launches.kernels == ["rotary", "forward_sm80"]
+    launches.seen.clear()
+    run()
+    assert launches.kernels == ["forward_sm80"]
+
+
+def test_one_length_for_all_reaches_every_kernel(launches):
+    launches.arch = "75"
+    run(lengths=33, **new_rows())
+    append, rotary, attend = (words for _, words, _ in launches.seen)
+    assert append[5] == 0 and append[12] == 33
+    assert rotary[4] == 0 and rotary[6] == 33
+    assert attend[7] == 0 and attend[13] == 33
+
+
+def test_rotated_queries_are_contiguous(launches):
+    launches.arch = "75"
+    qkv = at(0x100000, (3, 2, 12, 66))
+    run(q=qkv[:, ::-1, 1:9, 1:65], **new_rows())
+    rotary, attend = (words for _, words, _ in launches.seen[1:])
+    assert rotary[7:13].tolist() == [2 * 12 * 66, -12 * 66, 66, 2 * 8 * 64, 8 * 64, 64]
+    assert attend[14:17].tolist() == [2 * 8 * 64, 8 * 64, 64]
+
+
+def test_rotated_queries_of_a_graph_are_kept(launches):
+    launches.arch, launches.streams = "75", {0: 5}
+    run(**new_rows())
+    assert workspace._kept == []
+    launches.capturing = True
+    run(**new_rows())
+    assert [kept.pointer for kept in workspace._kept] == [ROTATED]
+
+
+# ---------------------------------------------------------------------------------------------- on a real device
+
+FORWARD = [("float32", 1), ("float32", 3), ("float16", 17), ("bfloat16", 40)]
+
+
+@pytest.mark.backends("numpy", "cuda")
+@pytest.mark.parametrize(("dtype", "seqlen_q"), FORWARD)
+def test_steps_of_other_kernels(backend, rng, dtype, seqlen_q):
+    """Appending and rotating, paged and dense, with lengths in an array and one for all, causal or not."""
+    lengths = [0, 5, 33, 64]
+    pairs = held(rng, dtype, lengths)
+    q = normal(rng, (4, seqlen_q, 8, 64), dtype)
+    k, v = normal(rng, (2, 4, 3, 2, 64), dtype)
+    options = {"k": k, "v": v, "cache_seqlens": ints(*lengths)}
+    rotary = tables(rng, 110, 32, "float32")
+    for cache in (paged(rng, pairs, 16, capacity=70), dense(pairs, 70, [3, 0, 5, 1])):
+        checked_step(backend, q, cache, **options, causal=True)
+        checked_step(backend, q, cache, **options, **rotary, causal=True)
+        checked_step(backend, q, cache, **options, **rotary, rotary_interleaved=False)
+    pairs = held(rng, dtype, [20] * 4)
+    checked_step(backend, q, dense(pairs, 70), **options | {"cache_seqlens": 20}, **rotary, window=(9, 0))
+    none = {"k": k[:, :0].copy(), "v": v[:, :0].copy()}
+    checked_step(backend, q, dense(pairs, 70), **options | none | {"cache_seqlens": 20}, **rotary, causal=True)
