@@ -287,7 +287,7 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
     if kernel != "auto":
         return kernel, "asked for by name"
     if not no_decode and problem.seqlen_q <= MOST_DECODE_QUERIES:
-        return "decode", f"{problem.seqlen_q} queries a sequence: all time goes into reading keys, which it shares out"
+        return "decode", f"with seqlen_q {problem.seqlen_q} all time goes into reading keys, which it shares out"
     if fp8:
         return "decode", "FP8 caches are read by decode alone"
     if obstacle:
@@ -323,9 +323,9 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
     position_tiles = _ceil_div(most_tiles, 2**31)
     workers = device.clusters(tile.cluster) * tile.blocks
     window = effective_window(problem)
+    who = f"{workers} thread blocks" if tile.cluster == 1 else f"{workers} clusters of {tile.cluster} thread blocks"
     reasons.append(
-        f"{workers} workers share all keys evenly, in tiles of {tile.keys}; {tile.teams} teams of warps in each of "
-        f"{tile.cluster} blocks keep {tile.stages} tiles on the way"
+        f"{who} share all keys evenly, in tiles of {tile.keys}, {tile.teams * tile.stages} of a block on the way"
     )
     if problem.group > 1:
         reasons.append(f"the {problem.group} query heads of a group share a read of their keys")

@@ -479,6 +479,19 @@ def test_only_what_changes_is_looked_at(driver, monkeypatch):
     assert 0xB000000 in driver.launches[-1][2]
 
 
+def test_strides_that_nothing_steps_by_do_not_matter(driver):
+    """An axis of one entry may have any stride: a new axis of a smaller array, a slice of a larger."""
+    caches = (at_address(at, (4, 80, 2, 64)) for at in (0x200000, 0x300000))
+    q = at_address(0x100000, (4, 1, 8, 64))
+    plan = DecodePlan(q, *caches)
+    caches = [at_address(at, (4, 80, 2, 64)) for at in (0x200000, 0x300000)]
+    same_q = at_address(0x800000, (4, 8, 64))[:, None]
+    assert same_q.strides != q.strides
+    assert plan._planned.quick((same_q, *caches, *[None] * 12), -1, at_address(0x900000, q.shape)) is not None
+    sliced = at_address(0x800000, (4, 2, 8, 64))[:, :1]
+    assert plan._planned.quick((sliced, *caches, *[None] * 12), -1, at_address(0x900000, q.shape)) is None
+
+
 def test_what_came_between_is_not_left_in_the_argument(driver):
     """A run that is refused, or goes the long way, or has no array of ours: the next has its own addresses."""
     arrays = decode_arrays()

@@ -184,3 +184,16 @@ def test_decode_numbers_are_those_of_the_record():
         assert f"| {peer} | all | {line['geometric_mean']:.2f} | {line['minimum']:.2f} (" in "".join(rows[0])
     assert f"in {sum(cell['section'] == 'grid' for cell in record['cells'])} shapes" in README
     assert record["machine"]["gpu"] in README
+
+
+def test_decode_notebook_shows_the_record():
+    if not DECODE_RECORD.is_file():
+        pytest.skip("there is no record")
+    record = json.loads(DECODE_RECORD.read_text())
+    notebook = json.loads((ROOT / "notebooks" / "03_decode.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    shown = "".join(line for output in outputs for line in output.get("text", []))
+    figures = [f"geometric mean {line['geometric_mean']:.3f}," for line in record["summary"].values()]
+    figures += [f"{target['what']}: {target['value']:.3f}," for target in record["targets"]]
+    missing = [figure for figure in figures if figure not in shown]
+    assert not missing, f"run jupyter execute --inplace notebooks/03_decode.ipynb; it does not show {missing}"

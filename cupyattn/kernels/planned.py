@@ -214,12 +214,15 @@ class _Quick:
 
     def address_of(self, array: Any, form: _Form | None) -> int | None:
         """The address of a CuPy array of that form, None for anything else."""
-        if type(array) is not self.kind:
+        if type(array) is not self.kind or form is None:
             return None
         memory = array.data
-        if (array.shape, array.strides, array.dtype, memory.device_id) != form:
+        shape, strides, dtype, device = form
+        if array.strides != strides and any(
+            size > 1 and one != other for size, one, other in zip(shape, array.strides, strides, strict=False)
+        ):
             return None
-        return memory.ptr
+        return memory.ptr if (array.shape, array.dtype, memory.device_id) == (shape, dtype, device) else None
 
 
 def _form(found: View) -> _Form:
