@@ -10,14 +10,14 @@ from ..plan import COUNTER_BYTES, Plan
 from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
-_POINTERS = struct.Struct("<13Qq")
-_SCALARS = struct.Struct("<13q13i2f4x")
+POINTERS = struct.Struct("<13Qq")
+SCALARS = struct.Struct("<13q13i2f4x")
 
 
 def scalars(problem: Problem, plan: Plan) -> bytes:
     """Everything in the argument that does not change from call to call."""
     cache = problem.cache
-    return _SCALARS.pack(
+    return SCALARS.pack(
         *problem.q_strides,
         *cache.k_strides,
         *cache.v_strides,
@@ -43,7 +43,7 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
 def pack(operands: Operands, tail: bytes) -> np.void:
     """The kernel argument: this call's addresses before the prepared scalars."""
     o = operands
-    head = _POINTERS.pack(
+    head = POINTERS.pack(
         o.q.pointer,
         o.k.pointer,
         o.v.pointer,
@@ -62,15 +62,15 @@ def pack(operands: Operands, tail: bytes) -> np.void:
     return np.void(head + tail)
 
 
-_DECODE_POINTERS = struct.Struct("<8Q")
-_DECODE_SCALARS = struct.Struct("<6q2f5i4x")
+DECODE_POINTERS = struct.Struct("<8Q")
+DECODE_SCALARS = struct.Struct("<6q2f5i4x")
 
 
 def decode_scalars(problem: Problem, plan: Plan) -> bytes:
     """What `DecodeParams` (kernels_cu/common/decode_params.cuh) has behind its pointers."""
     new = problem.append
     rotary = problem.rotary
-    return _DECODE_SCALARS.pack(
+    return DECODE_SCALARS.pack(
         *(new.k_strides if new is not None else (0, 0, 0)),
         *(new.v_strides if new is not None else (0, 0, 0)),
         problem.k_scale,
@@ -86,7 +86,7 @@ def decode_scalars(problem: Problem, plan: Plan) -> bytes:
 def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: int) -> np.void:
     """The decode kernel's argument: a forward kernel's, then its own pointers and scalars."""
     o = operands
-    head = _DECODE_POINTERS.pack(
+    head = DECODE_POINTERS.pack(
         o.k_new.pointer if o.k_new is not None else 0,
         o.v_new.pointer if o.v_new is not None else 0,
         o.rotary_cos.pointer if o.rotary_cos is not None else 0,
@@ -99,14 +99,14 @@ def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: 
     return np.void(pack(operands, tail).tobytes() + head + decode_tail)
 
 
-_APPEND_POINTERS = struct.Struct("<12Qq")
-_APPEND_SCALARS = struct.Struct("<12q10i2f")
+APPEND_POINTERS = struct.Struct("<12Qq")
+APPEND_SCALARS = struct.Struct("<12q10i2f")
 
 
 def append_scalars(append: Append) -> bytes:
     """The same for `AppendParams` (kernels_cu/common/append_params.cuh)."""
     cache = append.cache
-    return _APPEND_SCALARS.pack(
+    return APPEND_SCALARS.pack(
         *append.k_strides,
         *append.v_strides,
         *cache.k_strides,
@@ -129,7 +129,7 @@ def append_scalars(append: Append) -> bytes:
 def pack_append(operands: AppendOperands, tail: bytes) -> np.void:
     """The kernel argument of an append."""
     o = operands
-    head = _APPEND_POINTERS.pack(
+    head = APPEND_POINTERS.pack(
         o.k.pointer,
         o.v.pointer,
         o.k_cache.pointer,

@@ -34,7 +34,7 @@ Check = Callable[[Addresses, int], None]
 """(addresses, address of out): raises where these do not fit."""
 
 # Where they stand in the kernel's argument, in 8-byte words (kernels/params.py).
-_NEW = (params._POINTERS.size + params._SCALARS.size) // 8
+_NEW = (params.POINTERS.size + params.SCALARS.size) // 8
 _WORDS = (0, 1, 2, 7, 8, 9, 10, 11, 12, *range(_NEW, _NEW + 6))
 _OUT, _LSE, _LENGTH = 3, 4, 13
 

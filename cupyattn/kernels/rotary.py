@@ -13,7 +13,7 @@ from .launch import describe_device, enqueue
 
 if TYPE_CHECKING:
     from ..arrays import View
-    from ..rotary import Rotation
+    from ..problem import Rotation
 
 _POINTERS = struct.Struct("<6Qq")
 _SCALARS = struct.Struct("<6q5i4x")
