@@ -258,7 +258,7 @@ def show_host(host_us: Mapping[str, dict[str, float]], console: Console) -> None
         )
 
 
-def new_figure(*size: float) -> Any:
+def new_figure(width: float = 6, height: float = 4) -> Any:
     """A matplotlib figure, so many inches wide and high. Without matplotlib a typer.BadParameter."""
     try:
         from matplotlib.figure import Figure
@@ -266,7 +266,7 @@ def new_figure(*size: float) -> Any:
         raise typer.BadParameter(
             "plot: got no matplotlib, expected it to be installed (the extra notebooks brings it)"
         ) from None
-    return Figure(figsize=size, layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def describe_machine(cupy: ModuleType) -> dict[str, Any]:
