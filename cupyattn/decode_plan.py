@@ -175,7 +175,7 @@ class DecodePlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Device memory that the plan holds."""
+        """Device memory that the plan holds: 0 where its kernel needs none beyond what a run allocates."""
         return 0 if self._planned is None else self._planned.memory.size
 
     @property

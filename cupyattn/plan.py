@@ -62,7 +62,7 @@ DEVICES = {
     "120a": Device("120a", 170, 99 << 10, 100 << 10, "RTX 5090"),
 }
 SHARED_RESERVED = 1 << 10  # the system's share of every block
-STATIC_SHARED = 1 << 10  # a forward kernel's own, which aligns the tiles behind it
+STATIC_SHARED = 1 << 10  # a kernel's own, which also aligns the tiles behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +272,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         no_decode = f"sm_{device.arch} has no asynchronous copies"
     elif problem.batch > DECODE_BATCH:
         no_decode = f"decode keeps the lengths of at most {DECODE_BATCH} sequences at hand"
+    elif problem.seqlen_q * problem.group >= 2**31:
+        no_decode = "decode counts the query rows of a kv head in 32 bits"
     elif problem.packed_q:
         no_decode = "decode takes the same number of queries of each sequence, not cu_seqlens_q"
     fp8 = problem.kv_itemsize == 1
@@ -348,7 +350,8 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("CLUSTER", tile.cluster),
         ("BLOCKS", tile.blocks),
         ("ROW_BLOCKS", row_blocks),
-        ("POSITION_TILES", 0 if problem.num_splits else position_tiles),
+        ("POSITION_TILES", position_tiles),
+        ("SPLITS", int(problem.num_splits > 0)),
         ("LEAST_POSITIONS", 1 if problem.num_splits else _ceil_div(tile.least, position_tiles)),
         ("WIDE_OFFSETS", int(_wide_offsets(problem))),
         ("GROUP", problem.group),

@@ -33,10 +33,10 @@
 //     stats     [TEAMS + 1][USED_ROWS]{maximum, sum}, the last of them of the whole block
 //     sequences [batch] where each lies in the line and in the cache
 //
-// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES GROUP CLUSTER BLOCKS WIDE_OFFSETS ROW_BLOCKS POSITION_TILES LEAST_POSITIONS
-// CACHE_KIND
-// BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND ROTARY_DIM ROTARY_INTERLEAVED ROTARY_FLOAT32 LOAD_BYTES STORE_BYTES,
-// and for common/sequence.cuh PACKED_Q (0) and TILE_M (the rows of a unit).
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP CLUSTER
+// BLOCKS WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
+// LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
+// and TILE_M (the rows of a unit).
 
 #include "common/types.cuh"
 #include "common/decode_params.cuh"
@@ -118,7 +118,7 @@ __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     Span span;
     span.begin = first / TILE_N;
     span.tiles = max(ceil_div(max(end, 0), TILE_N) - span.begin, 1);
-    span.size = POSITION_TILES > 0 ? POSITION_TILES : ceil_div(span.tiles, p.num_splits);
+    span.size = SPLITS ? max(POSITION_TILES, ceil_div(span.tiles, p.num_splits)) : POSITION_TILES;
     span.positions = ceil_div(span.tiles, span.size);
     return span;
 }
@@ -193,7 +193,8 @@ __device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& s
     deal.shares = min(workers, max((total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
     // As many for each unit, where lengths are alike, so that no share holds ends of two.
     const u32 units = p.batch * p.num_kv_heads * ROW_BLOCKS;
-    if (deal.shares > units) deal.shares -= deal.shares % units;
+    const u32 odd = deal.shares > units ? deal.shares % units : 0;
+    if (odd <= deal.shares / 8) deal.shares -= odd; // a larger part of the chip is worth more than that
     deal.each = total / deal.shares;
     deal.more = total - deal.each * deal.shares;
     return deal;
@@ -697,7 +698,7 @@ __device__ __forceinline__ void online_softmax(State& state, float (&scores)[M_T
 
 #if APPEND
 #if KV_FLOAT8
-__device__ __forceinline__ KvElement stored(Element value, float scale) { return to_fp8(to_float(value) / scale); }
+__device__ __forceinline__ KvElement stored(Element value, float scale) { return to_fp8(__fdiv_rn(to_float(value), scale)); }
 __device__ __forceinline__ void put_element(u32 to, KvElement value) { store_shared_byte(to, value); }
 #else
 __device__ __forceinline__ KvElement stored(Element value, float) { return value; }

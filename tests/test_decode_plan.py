@@ -479,6 +479,19 @@ def test_only_what_changes_is_looked_at(driver, monkeypatch):
     assert 0xB000000 in driver.launches[-1][2]
 
 
+@pytest.mark.parametrize("name", ["cache_seqlens", "block_table", "sinks"])
+def test_an_array_that_is_gone_is_not_one_that_was_left_out(driver, name):
+    arrays = decode_arrays()
+    plan = DecodePlan(**arrays, **FIXED)
+    plan.run(**arrays)
+    launched = len(driver.launches)
+    del arrays[name]
+    gc.collect()
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: got None"):
+        plan.run(**arrays)
+    assert len(driver.launches) == launched
+
+
 def test_strides_that_nothing_steps_by_do_not_matter(driver):
     """An axis of one entry may have any stride: a new axis of a smaller array, a slice of a larger."""
     caches = (at_address(at, (4, 80, 2, 64)) for at in (0x200000, 0x300000))

@@ -161,4 +161,9 @@ def test_places_in_the_line_count_in_32_bits():
     huge = dict(plan(make_step(128, batch=2048, rows=2**30), DEVICES["90a"]).defines)["POSITION_TILES"]
     assert usual == 1
     assert 2048 * 8 * 2**30 / 16 / huge < 2**31
-    assert dict(plan(make_step(128, num_splits=3), DEVICES["90a"]).defines)["POSITION_TILES"] == 0
+    assert dict(plan(make_step(128, num_splits=3), DEVICES["90a"]).defines)["POSITION_TILES"] == 1
+
+
+def test_more_query_rows_than_32_bits_count_are_not_decodes():
+    with pytest.raises(ValueError, match="kernel: got 'decode', expected 'auto': .* in 32 bits"):
+        plan(make_step(128, batch=1, seqlen_q=2**29), DEVICES["90a"], "decode")

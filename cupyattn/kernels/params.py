@@ -62,6 +62,7 @@ def pack(operands: Operands, tail: bytes) -> np.void:
     return np.void(head + tail)
 
 
+MOST_SPLITS = 1 << 24  # more pieces are never made; the kernel adds a sequence's tiles to this in 32 bits
 DECODE_POINTERS = struct.Struct("<8Q")
 DECODE_SCALARS = struct.Struct("<6q2f5i4x")
 
@@ -79,7 +80,7 @@ def decode_scalars(problem: Problem, plan: Plan) -> bytes:
         int(problem.v_scales == "heads"),
         rotary.positions if rotary is not None else 0,
         int(rotary is not None and rotary.per_query),
-        problem.num_splits,
+        min(problem.num_splits, MOST_SPLITS),
     )
 
 

@@ -86,7 +86,7 @@ class PlannedDecode:
             return None
         argument = self._argument()
         for array, reference in zip(arrays, argument.references):  # noqa: B905 (a check of the lengths takes its time)
-            if reference() is not array:
+            if reference() is not array or (array is None and reference is not _absent):
                 if not self._look(argument, arrays):
                     return None
                 break
@@ -114,7 +114,8 @@ class PlannedDecode:
         """Take in the arrays that are not those of the last launch. False if one is not as planned."""
         references, forms = argument.references, self._quick.forms
         for i, array in enumerate(arrays):
-            if references[i]() is not array:
+            # The reference to an array that is gone gives None too.
+            if references[i]() is not array or (array is None and references[i] is not _absent):
                 address = self._quick.address_of(array, forms[i])
                 if address is None:
                     return False

@@ -1,8 +1,9 @@
 """Memory that decode launches leave their sums in: one piece for each stream, whose launches never overlap.
 
 A workspace starts with counters that are zero between launches: each launch leaves them so. One that a CUDA graph has
-captured is kept for good, because the graph may be replayed at any time; it is the graph's own, so that a replay
-never meets an eager call of the stream that it was captured on.
+captured is kept for good, because the graph may be replayed at any time; it is the capture's own, so that a replay
+never meets an eager call of the stream that it was captured on. Replays of one captured graph share it: they must
+follow one another, as a graph's replays on its own buffers must anyway.
 
 Other memory that a launch needs for itself is kept in the same way where a graph has captured it.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_PER_THREAD = 2  # cudaStreamPerThread
 
 
 class Workspace:
@@ -28,21 +30,22 @@ class Workspace:
 
         self.size = size
         with cupy.cuda.Device(device), _outside_capture():
-            self._memory = cupy.cuda.alloc(size)
+            # Not from the pool, whose free memory work queued on the current stream may still be writing.
+            self._memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
             stream = cupy.cuda.Stream(non_blocking=True)
             self._memory.memset_async(0, size, stream)
             stream.synchronize()
         self.pointer = self._memory.ptr
 
 
-_held: dict[tuple[int, int, int], Workspace] = {}
+_held: dict[tuple[int, ...], Workspace] = {}
 _kept: list[Any] = []  # outgrown workspaces and other memory that launches and graphs may still use
 _lock = threading.Lock()
 
 
 def workspace(device: int, stream: int, size: int) -> Workspace:
     """The workspace of a stream of the current device, of at least `size` bytes."""
-    key = (device, stream, _capture_id(stream))
+    key = (device, *_identity(stream), _capture_id(stream))
     found = _held.get(key)
     if found is not None and found.size >= size:
         return found
@@ -58,6 +61,20 @@ def workspace(device: int, stream: int, size: int) -> Workspace:
 @functools.cache
 def _driver() -> Any:
     return ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
+
+
+def _identity(stream: int) -> tuple[int, int]:
+    """What tells a stream from all others: its handle alone may be that of one that was destroyed while at work, and
+    stands for another stream in each thread where it is the per-thread default."""
+    if stream == 0:
+        return 0, 0
+    if stream == _PER_THREAD:
+        return stream, threading.get_ident()
+    number = ctypes.c_uint64()
+    error = _driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number))
+    if error:
+        raise RuntimeError(f"stream: got one that the driver does not know (cuStreamGetId: {error})")
+    return stream, number.value
 
 
 @functools.cache

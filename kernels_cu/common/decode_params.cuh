@@ -19,7 +19,7 @@ struct DecodeParams : ForwardParams {
     int k_scale_stride, v_scale_stride; // 0: one number for all heads
     int rotary_positions;
     int rotary_per_query;          // 0: all queries stand at the length before this call
-    int num_splits;                // the most pieces of one unit, with POSITION_TILES 0
+    int num_splits;                // the most pieces of one unit, SPLITS
 };
 
 __device__ __forceinline__ float key_scale(const DecodeParams& p, int kv_head) {

@@ -1,4 +1,4 @@
-// 8-bit floats of a cache: conversions to and from float (Micikevicius et al. 2022, arXiv:2209.05433).
+// 8-bit floats of a cache: conversion from float (Micikevicius et al. 2022, arXiv:2209.05433).
 //
 // Compile-time values: KV_DTYPE. Nothing is defined here unless it is one of the two 8-bit types: e4m3 has no
 // infinity and NaN 0x7f, e5m2 is the upper half of a float16.
@@ -38,36 +38,5 @@ __device__ __forceinline__ u8 to_fp8(float value) {
     return (kept < SMALLEST_NORMAL ? subnormal : normal) | (bits >> 24 & 0x80);
 #endif
 }
-
-// Two packed numbers to floats, the lower byte to x. Exact.
-__device__ __forceinline__ float2 from_fp8_pair(u16 packed) {
-    float2 pair;
-#if KV_DTYPE == DTYPE_FLOAT8_E5M2
-    asm("cvt.f32.f16 %0, %1;" : "=f"(pair.x) : "h"(static_cast<u16>(packed << 8)));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(pair.y) : "h"(static_cast<u16>(packed & 0xff00)));
-#elif __CUDA_ARCH__ >= 890
-    asm("{\n"
-        ".reg .b32 halves;\n"
-        ".reg .b16 low, high;\n"
-        "cvt.rn.f16x2.e4m3x2 halves, %2;\n"
-        "mov.b32 {low, high}, halves;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}"
-        : "=f"(pair.x), "=f"(pair.y)
-        : "h"(packed));
-#else
-    // Exponent and mantissa in a float's places, the bias put right by a factor, which subnormals need as well.
-    const auto widen = [](u32 bits) {
-        if ((bits & 0x7f) == FLOAT8_NAN) return quiet_nan();
-        return __uint_as_float((bits & 0x80) << 24 | (bits & 0x7f) << 20) * __uint_as_float((127 + 127 - 7) << 23);
-    };
-    pair = {widen(packed & 0xff), widen(packed >> 8)};
-#endif
-    return pair;
-}
-
-// One number to float, exact.
-__device__ __forceinline__ float from_fp8(u8 bits) { return from_fp8_pair(bits).x; }
 
 #endif
