@@ -38,14 +38,14 @@ class Workspace:
         self.pointer = self._memory.ptr
 
 
-_held: dict[tuple[int, ...], Workspace] = {}
+_held: dict[tuple[int, int, str, int], Workspace] = {}
 _kept: list[Any] = []  # outgrown workspaces and other memory that launches and graphs may still use
 _lock = threading.Lock()
 
 
 def workspace(device: int, stream: int, size: int) -> Workspace:
     """The workspace of a stream of the current device, of at least `size` bytes."""
-    key = (device, *_identity(stream), _capture_id(stream))
+    key = (device, stream, *_identity(stream))
     found = _held.get(key)
     if found is not None and found.size >= size:
         return found
@@ -63,18 +63,23 @@ def _driver() -> Any:
     return ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
 
 
-def _identity(stream: int) -> tuple[int, int]:
-    """What tells a stream from all others: its handle alone may be that of one that was destroyed while at work, and
-    stands for another stream in each thread where it is the per-thread default."""
+def _identity(stream: int) -> tuple[str, int]:
+    """What, beside its handle, tells a stream from all others, or one capture of it from the next.
+
+    A handle may be that of a stream that was destroyed while at work, and the per-thread default stream's means
+    another stream in each thread. A captured stream may not be asked for its number.
+    """
     if stream == 0:
-        return 0, 0
+        return "default", 0
+    if capture := _capture_id(stream):
+        return "capture", capture
     if stream == _PER_THREAD:
-        return stream, threading.get_ident()
+        return "thread", threading.get_ident()
     number = ctypes.c_uint64()
     error = _driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number))
     if error:
         raise RuntimeError(f"stream: got one that the driver does not know (cuStreamGetId: {error})")
-    return stream, number.value
+    return "stream", number.value
 
 
 @functools.cache
