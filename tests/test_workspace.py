@@ -1,4 +1,4 @@
-"""Which launches share a workspace: those of one stream or of one capture. Streams are told apart without a GPU here."""
+"""Which launches share a workspace: those of one stream, or of one capture. Streams are told apart without a GPU."""
 
 import ctypes
 import threading
