@@ -7,9 +7,9 @@
 //
 // Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn, from the last to the first. A team
 // has a ring of STAGES tiles of its own, filled by cp.async STAGES tiles ahead and across portions, so that memory
-// never waits for arithmetic. (Hopper's bulk copies do not pay: rows of one head are 256 bytes apart from the next, and
-// a warp issues such copies one after the other, some 60 cycles each; the loop took 1.5 times as long.) It computes with the keys as rows of the matrix product and 8 ROW_TILES queries as
-// columns: the whole group of query heads that share a kv head, and every new token of them:
+// never waits for arithmetic. (Hopper's bulk copies do not pay: each row of a head would be one, and a warp issues them
+// one after the other, some 60 cycles each.) It computes with the keys as rows of the matrix product and 8 ROW_TILES
+// queries as columns: the whole group of query heads that share a kv head, and every new token of them:
 //
 //     S^T = K Q^T          16 keys x 8 queries; Q stays in registers
 //     m, l = maximum and sum over keys    (one vote a tile: a maximum is raised only when it must be)
