@@ -155,13 +155,12 @@ DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared
 COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
-# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. Two tiles a warp on the way,
-# over eight warps, saturate an H200's memory; deeper rings were slower (64 x 8k, 32/8 heads: 552, 564 and 582 us with
-# 2, 3 and 5 stages of four warps), two blocks of four warps beat one of eight by 2 % where each has many units.
+# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. On an H200 deeper rings are
+# slower (64 x 8k: 0.98 of the speed with 3 stages, 0.95 with 5), and two blocks of four warps are 1.02 times as fast as
+# one of eight where each has many units (notebooks/results/decode_tiles.json, as for all of decode here).
 DECODE_SHAPES = ((2, 2, 4), (2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
 # Bytes of keys and values up to which merging within a cluster, and not through memory, gains more than the
-# multiprocessors cost that no cluster fills. H200, us with and without: 4 MB 11.5 and 13.2, 17 MB 15.6 and 17.0,
-# 34 MB 25.9 and 22.7.
+# multiprocessors cost that no cluster fills: 1.15 times the speed at 4 MB, 1.08 at 17 MB, 0.88 at 34 MB.
 SMALL_CACHE = 20 << 20
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
@@ -402,7 +401,7 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
     itemsize = problem.kv_itemsize
     keys = 32 if padded_dim * itemsize <= 128 else 16
     # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything
-    # (H200, 16/1 heads, 256 x 1k: 55 us against 66).
+    # (256 x 1k, 16/1 heads: 1.18 times the speed).
     team_warps = 1
     while team_warps < 8 and team_warps < columns:
         team_warps *= 2

@@ -8,7 +8,7 @@
 // Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn, from the last to the first. A team
 // has a ring of STAGES tiles of its own, filled by cp.async STAGES tiles ahead and across portions, so that memory
 // never waits for arithmetic. (Hopper's bulk copies do not pay: each row of a head would be one, and a warp issues them
-// one after the other, some 60 cycles each.) It computes with the keys as rows of the matrix product and 8 ROW_TILES
+// one after the other.) It computes with the keys as rows of the matrix product and 8 ROW_TILES
 // queries as columns: the whole group of query heads that share a kv head, and every new token of them:
 //
 //     S^T = K Q^T          16 keys x 8 queries; Q stays in registers
@@ -28,7 +28,7 @@
 //
 // Shared memory (dynamic):
 //     ring      [TEAMS][STAGES]{K [TILE_N], V [TILE_N]} rows of PADDED_DIM elements, swizzled as common/copy.cuh says
-//               (rows at another pitch would cost the copies half as many bytes more)
+//               (rows at another pitch would have the copies fetch more from L2 than they need)
 //     queries   [TEAMS][STAGES][USED_ROWS] rows of PADDED_DIM elements and 16 bytes, with the first tile of a portion
 //     outputs   [TEAMS][USED_ROWS][OUT_STRIDE] float32
 //     stats     [TEAMS + 1][USED_ROWS]{maximum, sum}, the last of them of the whole block
