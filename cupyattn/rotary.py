@@ -48,7 +48,8 @@ def apply_rotary(
 
     Row i of sequence b is at position offsets[b] + i, for which the tables' row of that number is taken. The first
     2 * columns elements of every head are rotated, the others stay as they are. Arithmetic is float32, the result
-    rounded to x's dtype. Arrays may be of any library and have any strides, as in `attention`.
+    rounded to x's dtype. Arrays may be of any library and have any strides, as in `attention`. Source: RoFormer
+    (arXiv:2104.09864), with the arguments of flash_attn's apply_rotary_emb.
 
     Args:
         x: (batch, seqlen, heads, head_dim), or with cu_seqlens packed (total, heads, head_dim); float16, bfloat16 or

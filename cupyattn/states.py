@@ -59,7 +59,8 @@ def merge_states(
 
     out = sum_i exp(lse_i - lse) outs[i], where lse = log sum_i exp(lses[i]). The parts must be disjoint and seen by the
     same queries. Arithmetic is float32, state after state, so that a repeated call gives the same bits. A state that
-    saw no key (lse -inf) has no part, whatever its output holds; where none saw any, the result is 0 and -inf.
+    saw no key (lse -inf) has no part, whatever its output holds; where none saw any, the result is 0 and -inf. Source:
+    Flash-Decoding (Dao, Haziza, Massa and Sizov 2023), and merge_states of the flashinfer package.
 
     Args:
         outs: what `attention` and its kin returned: n arrays of shape (batch, seqlen, heads, head_dim) or packed
