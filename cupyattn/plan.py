@@ -87,6 +87,7 @@ class DecodeTile:
     """How the warps of one thread block share work in decode, and how many blocks form a worker."""
 
     teams: int  # each takes tiles of its own
+    heads: int  # kv heads whose tiles different teams take side by side
     team_warps: int  # that share a team's tiles, each with rows of its own
     row_tiles: int  # of 8 query rows, of one warp
     keys: int  # of one team's tile
@@ -107,8 +108,10 @@ class DecodeTile:
     def shared_bytes(self, padded_dim: int, itemsize: int, rows: int, batch: int) -> int:
         """rows: how many of a unit's are in use."""
         ring = self.teams * self.stages * (2 * self.keys * padded_dim * itemsize + rows * (padded_dim * 2 + 16))
-        outputs = self.teams * rows * (padded_dim + 4) * 4 + _round_up((self.teams + 1) * rows, 2) * 8
-        return ring + outputs + 16 * batch
+        outputs = self.teams * rows * (padded_dim + 4) * 4 + _round_up(self.teams * rows, 2) * 8
+        rows *= self.heads
+        sent = 2 * self.cluster * (_ceil_div(rows * padded_dim // 4, self.cluster) * 16 + _round_up(rows, 2) * 8)
+        return ring + outputs + (sent if self.cluster > 1 else 0) + 16 * batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +326,11 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
     most_tiles = problem.batch * problem.num_kv_heads * row_blocks * (problem.cache.rows // tile.keys + 2)
     position_tiles = _ceil_div(most_tiles, 2**31)
     workers = device.clusters(tile.cluster) * tile.blocks
+    unit_shares = 0
+    if problem.batch == 1 and not problem.num_splits:
+        units = problem.num_kv_heads // tile.heads * row_blocks
+        unit_shares = _unit_shares(workers, units, _ceil_div(problem.cache.rows, tile.keys) // tile.least)
+        workers = units * unit_shares or workers
     window = effective_window(problem)
     who = f"{workers} thread blocks" if tile.cluster == 1 else f"{workers} clusters of {tile.cluster} thread blocks"
     reasons.append(
@@ -342,7 +350,8 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("TILE_M", tile.rows),
         ("TILE_N", tile.keys),
         ("USED_ROWS", used_rows),
-        ("TEAMS", tile.teams),
+        ("HEAD_TEAMS", tile.heads),
+        ("KEY_TEAMS", tile.teams // tile.heads),
         ("TEAM_WARPS", tile.team_warps),
         ("ROW_TILES", tile.row_tiles),
         ("STAGES", tile.stages),
@@ -354,6 +363,9 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("LEAST_POSITIONS", 1 if problem.num_splits else _ceil_div(tile.least, position_tiles)),
         ("WIDE_OFFSETS", int(_wide_offsets(problem))),
         ("GROUP", problem.group),
+        ("KV_HEADS", problem.num_kv_heads),
+        ("UNIT_SHARES", unit_shares),
+        ("LEFTPAD", int(problem.leftpad)),
         ("PACKED_Q", 0),
         ("CACHE_KIND", CACHE_CODES[problem.cache.kind]),
         ("BLOCK_SIZE", problem.cache.block_size or 1),
@@ -383,7 +395,7 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         reasons=tuple(reasons),
         cluster=tile.cluster,
         row_blocks=row_blocks,
-        workspace_bytes=COUNTER_BYTES + workers * 2 * used_rows * (padded + 4) * 4,
+        workspace_bytes=COUNTER_BYTES + workers * 2 * tile.heads * used_rows * (padded + 4) * 4,
     )
 
 
@@ -415,7 +427,8 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
             if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
                 continue
             teams = warps // team_warps
-            tile = DecodeTile(teams, team_warps, row_tiles, keys, stages, cluster, blocks, least)
+            heads = _side_by_side(problem.num_kv_heads, teams, units, device)
+            tile = DecodeTile(teams, heads, team_warps, row_tiles, keys, stages, cluster, blocks, least)
             need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
             fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
             if fits and need <= device.shared_per_block:
@@ -433,6 +446,23 @@ def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
     if units * problem.cache.rows * problem.head_dim * 2 * problem.kv_itemsize <= SMALL_CACHE:
         return 8 if units <= 16 else 4 if units <= 33 else 1
     return 1
+
+
+def _unit_shares(workers: int, units: int, most: int) -> int:
+    """Shares of each unit of a single sequence, `most` at most; 0 where too many workers would go without."""
+    shares = workers // units
+    if shares > most:
+        return max(most, 1)
+    return shares if 8 * units * shares >= 7 * workers else 0
+
+
+def _side_by_side(num_kv_heads: int, teams: int, units: int, device: Device) -> int:
+    heads = teams
+    while num_kv_heads % heads or units < heads * device.multiprocessors // 4:
+        heads //= 2
+        if heads <= 1:
+            return 1
+    return heads
 
 
 def _rotary_defines(rotary: Rotary | None) -> Defines:

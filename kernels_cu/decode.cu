@@ -31,11 +31,12 @@
 //               (rows at another pitch would have the copies fetch more from L2 than they need)
 //     queries   [TEAMS][STAGES][USED_ROWS] rows of PADDED_DIM elements and 16 bytes, with the first tile of a portion
 //     outputs   [TEAMS][USED_ROWS][OUT_STRIDE] float32
-//     stats     [TEAMS + 1][USED_ROWS]{maximum, sum}, the last of them of the whole block
+//     stats     [TEAMS][USED_ROWS]{maximum, sum}
+//     sent      [2][CLUSTER] sums of this block's slice, from every block of the cluster; of two portions in turns
 //     sequences [batch] where each lies in the line and in the cache
 //
-// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP CLUSTER
-// BLOCKS WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP KV_HEADS
+// CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
 // LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
 // and TILE_M (the rows of a unit).
 
@@ -50,11 +51,13 @@
 #include "common/widen.cuh"
 #include "common/cluster.cuh"
 
+constexpr int TEAMS = HEAD_TEAMS * KEY_TEAMS;
 constexpr int WARPS = TEAMS * TEAM_WARPS;
 constexpr int THREADS = WARPS * WARP_SIZE;
 constexpr int TEAM_THREADS = TEAM_WARPS * WARP_SIZE;
 constexpr int WARP_ROWS = 8 * ROW_TILES;
 constexpr int ROWS = WARP_ROWS * TEAM_WARPS; // of a unit; TILE_M
+constexpr int BLOCK_ROWS = HEAD_TEAMS * USED_ROWS; // that are merged: those of one head, then of the next
 constexpr int M_TILES = TILE_N / 16;
 constexpr int STEPS = ROW_CHUNKS / 2;        // two 16-byte chunks at a time
 constexpr int D_TILES = PADDED_DIM / 16;
@@ -64,6 +67,7 @@ constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;
 constexpr u32 QUERY_BYTES = USED_ROWS * QUERY_PITCH;
 constexpr int OUT_STRIDE = PADDED_DIM + 4;   // floats: the lanes of a column of queries then meet different banks
 constexpr int OUT_QUADS = PADDED_DIM / 4;
+constexpr int SLICE = ceil_div(BLOCK_ROWS * OUT_QUADS, CLUSTER); // quads of the rows that each block of a cluster merges
 constexpr float RESCALE_BITS = 8.0f;
 constexpr int PARTS_AT_ONCE = 16;            // of other workers, on the way from L2 together
 
@@ -77,10 +81,17 @@ struct Sequence {
     int first, entry;
 };
 
+// What the blocks of a cluster have sent to one of them: the sums of its slice.
+struct Sent {
+    float4 out[SLICE];
+    float2 stats[round_up(BLOCK_ROWS, 2)];
+};
+
 struct Shared {
     u32 ring, queries;
     float* outputs;
     float2* stats;
+    Sent* sent;
     Sequence* sequences;
 
     __device__ __forceinline__ explicit Shared(uint4* base) {
@@ -88,7 +99,8 @@ struct Shared {
         queries = ring + TEAMS * STAGES * STAGE_BYTES;
         outputs = reinterpret_cast<float*>(base) + TEAMS * STAGES * (STAGE_BYTES + QUERY_BYTES) / 4;
         stats = reinterpret_cast<float2*>(outputs + TEAMS * USED_ROWS * OUT_STRIDE);
-        sequences = reinterpret_cast<Sequence*>(stats + round_up((TEAMS + 1) * USED_ROWS, 2));
+        sent = reinterpret_cast<Sent*>(stats + round_up(TEAMS * USED_ROWS, 2));
+        sequences = reinterpret_cast<Sequence*>(sent + (CLUSTER > 1 ? 2 * CLUSTER : 0));
     }
 
     __device__ __forceinline__ Rows rows(int sequence) const {
@@ -97,6 +109,11 @@ struct Shared {
         return {bad ? ~found.length : found.length, found.first, found.entry, bad};
     }
 };
+
+__device__ __forceinline__ int team() { return threadIdx.x / TEAM_THREADS; }
+__device__ __forceinline__ int team_thread() { return threadIdx.x % TEAM_THREADS; }
+__device__ __forceinline__ int head_team() { return team() / KEY_TEAMS; }
+__device__ __forceinline__ int key_team() { return team() % KEY_TEAMS; }
 
 // ---------------------------------------------------------------------------------------------- the line and its shares
 
@@ -108,9 +125,17 @@ struct Span {
     int positions; // of one unit
 };
 
+// What a unit's queries are under the first of its kv heads, and under that of this thread's team.
 __device__ __forceinline__ Tile unit_tile(const DecodeParams& p, int sequence, int unit) {
-    return {sequence, unit / ROW_BLOCKS, unit % ROW_BLOCKS * ROWS, 0, p.seqlen_q, false};
+    return {sequence, unit / ROW_BLOCKS * HEAD_TEAMS, unit % ROW_BLOCKS * ROWS, 0, p.seqlen_q, false};
 }
+__device__ __forceinline__ Tile team_unit_tile(const DecodeParams& p, int sequence, int unit) {
+    Tile tile = unit_tile(p, sequence, unit);
+    tile.head += head_team();
+    return tile;
+}
+
+constexpr int SEQUENCE_UNITS = KV_HEADS / HEAD_TEAMS * ROW_BLOCKS;
 
 __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     const int shift = length - p.seqlen_q;
@@ -124,6 +149,12 @@ __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     return span;
 }
 
+// Which of the shares hold a unit.
+struct UnitShares {
+    u32 first, others;
+};
+
+#if !UNIT_SHARES
 // The line in shares, one for each worker, or fewer of a short line; as even as whole numbers allow. (Small shares that
 // workers take as they get done were tried: what they even out, their ends cost.)
 struct Deal {
@@ -137,9 +168,11 @@ struct Deal {
         return position < larger ? position / (each + 1) : more + (position - larger) / each;
     }
 };
+#endif
 
 // A place in the line, and what is left of a share from there on.
 struct Cursor {
+    Rows rows; // of the sequence
     Span span;
     int sequence, unit; // unit: kv head and block of rows
     int from, to;       // positions of the unit that belong to the share
@@ -162,27 +195,48 @@ __device__ __forceinline__ u32 sum_through(u32 value) {
 __device__ __forceinline__ void bound_portion(Cursor& at) { at.to = min(at.span.positions, at.from + at.left); }
 
 // Brings a small block table into L2 while nobody knows yet which of its entries are in use.
-__device__ __forceinline__ void prefetch_table(const DecodeParams& p) {
+__device__ __forceinline__ void prefetch_table(const DecodeParams& p, int first_thread) {
 #if CACHE_KIND == CACHE_PAGED
     constexpr int LINE_ENTRIES = 128 / sizeof(int);
     constexpr int MOST_LINES = 4096;
     const int lines = ceil_div(p.cache_rows / BLOCK_SIZE, LINE_ENTRIES);
-    const int index = blockIdx.x * (THREADS - WARP_SIZE) + threadIdx.x - WARP_SIZE;
-    if (lines > MOST_LINES / p.batch || index >= lines * p.batch) return;
-    prefetch(p.block_table + static_cast<i64>(index / lines) * p.table_stride + index % lines * LINE_ENTRIES);
+    const int index = blockIdx.x * (THREADS - first_thread) + threadIdx.x - first_thread;
+    if (index >= lines * p.batch || lines * p.batch > MOST_LINES) return;
+    const int sequence = p.batch == 1 ? 0 : index / lines;
+    prefetch(p.block_table + static_cast<i64>(sequence) * p.table_stride + (index - sequence * lines) * LINE_ENTRIES);
 #endif
 }
 
+#if UNIT_SHARES
+// Every unit in as many shares: then a worker knows its own by the length of one sequence. Right where all lengths are
+// alike, as that of a single sequence is.
+__device__ __forceinline__ Cursor find_share(const DecodeParams& p, u32 share) {
+    const int unit = share / UNIT_SHARES, part = share % UNIT_SHARES;
+    Cursor at;
+    at.sequence = unit / SEQUENCE_UNITS;
+    at.unit = unit % SEQUENCE_UNITS;
+    at.rows = find_rows(p, at.sequence);
+    at.span = find_span(p, at.rows.length);
+    const int each = at.span.positions / UNIT_SHARES, more = at.span.positions % UNIT_SHARES;
+    at.from = part * each + min(part, more);
+    at.left = each + (part < more ? 1 : 0);
+    at.to = at.from + at.left;
+    return at;
+}
+
+__device__ __forceinline__ UnitShares shares_of_unit(const Cursor& at, u32 share) {
+    return {share / UNIT_SHARES * UNIT_SHARES, static_cast<u32>(min(at.span.positions, UNIT_SHARES)) - 1};
+}
+#else
 // By one warp: where every sequence lies, in shared memory.
 __device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& shared) {
-    const int units = p.num_kv_heads * ROW_BLOCKS;
     u32 before = 0;
 #pragma unroll 1
     for (int base = 0; base < p.batch; base += WARP_SIZE) {
         const int b = base + lane_index();
         const bool exists = b < p.batch;
         const Rows rows = find_rows(p, exists ? b : 0);
-        const u32 end = before + sum_through(exists ? find_span(p, rows.length).positions * units : 0);
+        const u32 end = before + sum_through(exists ? find_span(p, rows.length).positions * SEQUENCE_UNITS : 0);
         if (exists) shared.sequences[b] = {end, rows.bad ? ~rows.length : rows.length, rows.first, rows.entry};
         before = __shfl_sync(~0u, end, WARP_SIZE - 1);
     }
@@ -193,7 +247,7 @@ __device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& s
     Deal deal;
     deal.shares = min(workers, max((total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
     // As many for each unit, where lengths are alike, so that no share holds ends of two.
-    const u32 units = p.batch * p.num_kv_heads * ROW_BLOCKS;
+    const u32 units = p.batch * SEQUENCE_UNITS;
     const u32 odd = deal.shares > units ? deal.shares % units : 0;
     if (odd <= deal.shares / 8) deal.shares -= odd; // a larger part of the chip is worth more than that
     deal.each = total / deal.shares;
@@ -213,7 +267,8 @@ __device__ __forceinline__ Cursor find_share(const DecodeParams& p, const Shared
         holds = __ballot_sync(~0u, shared.sequences[min(base + static_cast<int>(lane_index()), p.batch - 1)].end > at.line);
     }
     at.sequence = base + __ffs(holds) - 1;
-    at.span = find_span(p, shared.rows(at.sequence).length);
+    at.rows = shared.rows(at.sequence);
+    at.span = find_span(p, at.rows.length);
     const u32 within = at.line - (at.sequence > 0 ? shared.sequences[at.sequence - 1].end : 0);
     at.unit = within / at.span.positions;
     at.from = within % at.span.positions;
@@ -221,26 +276,32 @@ __device__ __forceinline__ Cursor find_share(const DecodeParams& p, const Shared
     return at;
 }
 
+__device__ __forceinline__ UnitShares shares_of_unit(const Deal& deal, const Cursor& at) {
+    const u32 first = deal.owner(at.line - at.from);
+    return {first, deal.owner(at.line - at.from + at.span.positions - 1) - first};
+}
+#endif
+
 // On to the next unit of the share; `left` becomes 0 behind its end.
 __device__ __forceinline__ void advance(const DecodeParams& p, const Shared& shared, Cursor& at) {
     at.left -= at.to - at.from;
+#if !UNIT_SHARES
     at.line += at.to - at.from;
     at.from = 0;
     if (at.left == 0) return;
-    if (++at.unit == p.num_kv_heads * ROW_BLOCKS) {
+    if (++at.unit == SEQUENCE_UNITS) {
         at.unit = 0;
-        at.span = find_span(p, shared.rows(++at.sequence).length);
+        at.rows = shared.rows(++at.sequence);
+        at.span = find_span(p, at.rows.length);
     }
     bound_portion(at);
+#endif
 }
 
 __device__ __forceinline__ int first_tile(const Cursor& at) { return at.from * at.span.size; }
 __device__ __forceinline__ int end_tile(const Cursor& at) { return min(at.to * at.span.size, at.span.tiles); }
 
 // ---------------------------------------------------------------------------------------------- loading
-
-__device__ __forceinline__ int team() { return threadIdx.x / TEAM_THREADS; }
-__device__ __forceinline__ int team_thread() { return threadIdx.x % TEAM_THREADS; }
 
 #if TEAM_WARPS > 1
 __shared__ unsigned long long team_barriers[TEAMS];
@@ -271,11 +332,13 @@ __device__ __forceinline__ void team_sync() {
 }
 
 // Tiles of a portion that belong to this team: counted back from the last, in turns over blocks, then teams.
-__device__ __forceinline__ int team_tile(const Cursor& at) { return end_tile(at) - 1 - (team() * CLUSTER + cluster_rank()); }
+__device__ __forceinline__ int team_tile(const Cursor& at) { return end_tile(at) - 1 - (key_team() * CLUSTER + cluster_rank()); }
 
 // Blocks that a tile may touch, a power of two; and how many tiles one look-up of a warp covers.
 constexpr int power_above(int value) { return value <= 1 ? 1 : 2 * power_above((value + 1) / 2); }
-constexpr int TILE_BLOCKS = power_above((TILE_N - 1) / BLOCK_SIZE + 2) < WARP_SIZE ? power_above((TILE_N - 1) / BLOCK_SIZE + 2) : WARP_SIZE;
+constexpr bool ALIGNED_TILES = CACHE_KIND == CACHE_PAGED && BLOCK_SIZE % TILE_N == 0 && !LEFTPAD; // within one block each
+constexpr int MOST_BLOCKS = ALIGNED_TILES ? 1 : power_above((TILE_N - 1) / BLOCK_SIZE + 2);
+constexpr int TILE_BLOCKS = MOST_BLOCKS < WARP_SIZE ? MOST_BLOCKS : WARP_SIZE;
 constexpr int LOOK_UP_TILES = WARP_SIZE / TILE_BLOCKS;
 
 // The team's next tile to load. Block ids are looked up for LOOK_UP_TILES of the team's tiles at once, and for as many
@@ -300,7 +363,7 @@ __device__ __forceinline__ int cached_keys(const DecodeParams& p, const Keys& ke
 __device__ __forceinline__ int look_up_blocks(const DecodeParams& p, const Loader& load, int tile) {
     int block = -1;
 #if CACHE_KIND == CACHE_PAGED
-    tile -= static_cast<int>(lane_index()) / TILE_BLOCKS * TEAMS * CLUSTER;
+    tile -= static_cast<int>(lane_index()) / TILE_BLOCKS * KEY_TEAMS * CLUSTER;
     const int index = ((load.at.span.begin + tile) * TILE_N + load.keys.padding) / BLOCK_SIZE + static_cast<int>(lane_index()) % TILE_BLOCKS;
     const int first = (load.keys.needed + load.keys.padding) / BLOCK_SIZE, end = cached_keys(p, load.keys) + load.keys.padding;
     if (tile >= first_tile(load.at) && index >= first && index * BLOCK_SIZE < end) block = __ldg(load.keys.table + index);
@@ -316,11 +379,11 @@ __device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& s
         load.fresh = false;
         load.tile = team_tile(load.at);
         load.ready = load.first = load.tile >= first_tile(load.at);
-        const Tile tile = unit_tile(p, load.at.sequence, load.at.unit);
-        load.keys = place_keys(p, tile.sequence, shared.rows(tile.sequence), tile.head);
+        const Tile tile = team_unit_tile(p, load.at.sequence, load.at.unit);
+        load.keys = place_keys(p, tile.sequence, load.at.rows, tile.head);
         load.keys.needed = visible_keys(p, 0, load.keys.length - p.seqlen_q, load.keys.length).begin;
         load.blocks = look_up_blocks(p, load, load.tile);
-        load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * TEAMS * CLUSTER);
+        load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * KEY_TEAMS * CLUSTER);
         load.used = 0;
     }
 }
@@ -334,19 +397,52 @@ typedef int RowOffset;
 constexpr int OFFSET_ITEMS = CHUNK;
 #endif
 
+// Whether the rows of a whole tile lie evenly spaced in memory, and each pass over them is as many rows further on.
+constexpr int PASS_ROWS = TEAM_THREADS / ROW_CHUNKS;
+constexpr bool EVEN_ROWS = (ALIGNED_TILES || CACHE_KIND != CACHE_PAGED) && WHOLE_CHUNKS && ASYNC_COPIES && PASS_ROWS > 0 && TEAM_THREADS % ROW_CHUNKS == 0 &&
+                           (PASS_ROWS & (PASS_ROWS - 1)) == 0 && TILE_N % PASS_ROWS == 0;
+
+// A tile whose rows all exist, from its first row on. The swizzle of a later pass's row differs in bits of its own.
+__device__ __forceinline__ void copy_even_rows(const DecodeParams& p, const KvElement* k, const KvElement* v, u32 stage) {
+    const int row = team_thread() / ROW_CHUNKS, chunk = team_thread() % ROW_CHUNKS;
+    const u32 to = stage + chunk_offset(row, chunk);
+    k += row * p.k_strides.row + chunk * CHUNK;
+    v += row * p.v_strides.row + chunk * CHUNK;
+    const i64 k_step = PASS_ROWS * p.k_strides.row, v_step = PASS_ROWS * p.v_strides.row;
+#pragma unroll
+    for (int first = 0; first < TILE_N; first += PASS_ROWS) {
+        const u32 there = (to ^ (swizzle(first) * 16)) + first * ROW_BYTES;
+        copy_async_16(there, k);
+        copy_async_16(there + TILE_BYTES, v);
+        k += k_step;
+        v += v_step;
+    }
+}
+
 // One tile of keys and values into the ring; rows that do not exist become 0, and keys of blocks outside the cache NaN.
 // Each lane finds one row, which then as many lanes copy as it has chunks.
 __device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& load, u32 stage) {
     constexpr int CHUNKS = TILE_N * ROW_CHUNKS;
     constexpr int UNROLLED_PASSES = LOAD_BYTES == 16 ? CHUNKS / WARP_SIZE + 1 : 2; // small pieces take more registers
-    const int key = (load.at.span.begin + load.tile) * TILE_N + static_cast<int>(threadIdx.x) % TILE_N;
+    const int first_key = (load.at.span.begin + load.tile) * TILE_N;
+    if constexpr (EVEN_ROWS) {
+        const bool whole = first_key >= load.keys.needed && first_key + TILE_N <= cached_keys(p, load.keys);
+        const int block = ALIGNED_TILES ? __shfl_sync(~0u, load.blocks, load.used) : 0;
+        if (whole && (!ALIGNED_TILES || static_cast<u32>(block) < static_cast<u32>(p.cache_entries))) {
+            const int row = ALIGNED_TILES ? first_key % BLOCK_SIZE : first_key;
+            const i64 k_offset = block * p.k_strides.outer + row * p.k_strides.row, v_offset = block * p.v_strides.outer + row * p.v_strides.row;
+            copy_even_rows(p, load.keys.k + k_offset, load.keys.v + v_offset, stage);
+            return;
+        }
+    }
+    const int key = first_key + static_cast<int>(threadIdx.x) % TILE_N;
     const bool exists = key >= load.keys.needed && key < cached_keys(p, load.keys);
     bool valid = exists;
     i64 outer = 0;
     int inner = key;
     if (CACHE_KIND == CACHE_PAGED) {
         const int row = key + load.keys.padding;
-        const int first_row = (load.at.span.begin + load.tile) * TILE_N + load.keys.padding;
+        const int first_row = first_key + load.keys.padding;
         const int block = __shfl_sync(~0u, load.blocks, load.used * TILE_BLOCKS + row / BLOCK_SIZE - first_row / BLOCK_SIZE);
         valid = exists && static_cast<u32>(block) < static_cast<u32>(p.cache_entries);
         outer = block;
@@ -355,7 +451,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const Loader& l
     const RowOffset k_row = valid ? static_cast<RowOffset>((outer * p.k_strides.outer + inner * p.k_strides.row) / OFFSET_ITEMS) : 0;
     const RowOffset v_row = valid ? static_cast<RowOffset>((outer * p.v_strides.outer + inner * p.v_strides.row) / OFFSET_ITEMS) : 0;
     const u32 there = __ballot_sync(~0u, valid), bad = __ballot_sync(~0u, exists && !valid);
-    if (there == ~0u) {
+    if (!EVEN_ROWS && there == ~0u) {
 #pragma unroll UNROLLED_PASSES
         for (int pass = 0; pass < ceil_div(CHUNKS, TEAM_THREADS); ++pass) {
             const int index = pass * TEAM_THREADS + team_thread();
@@ -418,17 +514,17 @@ __device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& s
         find_tile(p, shared, load);
         if (!load.ready || load.loaded - done == STAGES) return;
         const u32 stage = team() * STAGES + load.loaded % STAGES;
-        if (load.first) copy_queries(p, unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
         load_tile(p, load, shared.ring + stage * STAGE_BYTES);
+        if (load.first) copy_queries(p, team_unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
         commit_copies();
         ++load.loaded;
         load.first = false;
-        load.tile -= TEAMS * CLUSTER;
+        load.tile -= KEY_TEAMS * CLUSTER;
         load.ready = load.tile >= first_tile(load.at);
         if (++load.used == LOOK_UP_TILES) {
             load.used = 0;
             load.blocks = load.next_blocks;
-            load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * TEAMS * CLUSTER);
+            load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * KEY_TEAMS * CLUSTER);
         }
     }
 }
@@ -772,14 +868,14 @@ __device__ __forceinline__ void insert_new_rows(const DecodeParams& p, const Til
     team_sync();
 }
 
-// Writes all new rows of a sequence and kv head into the cache, whether a query sees them or not.
+// By the teams of a kv head: writes all new rows of a sequence into the cache, whether a query sees them or not.
 __device__ __forceinline__ void store_new_rows(const DecodeParams& p, const Tile& tile, const Rows& rows, const Keys& keys, int before) {
     if (rows.bad) return;
     // Rows count from the sequence's start here, padding included.
     KvElement* k = const_cast<KvElement*>(keys.k) - (CACHE_KIND == CACHE_PAGED ? 0 : rows.first * p.k_strides.row);
     KvElement* v = const_cast<KvElement*>(keys.v) - (CACHE_KIND == CACHE_PAGED ? 0 : rows.first * p.v_strides.row);
 #pragma unroll 1
-    for (int index = threadIdx.x; index < p.seqlen_new * NEW_PAIRS; index += THREADS) {
+    for (int index = key_team() * TEAM_THREADS + team_thread(); index < p.seqlen_new * NEW_PAIRS; index += KEY_TEAMS * TEAM_THREADS) {
         const int row = index / NEW_PAIRS;
         bool valid;
         const i64 k_offset = new_row_offset(p, keys, p.k_strides, before + row, valid);
@@ -855,9 +951,12 @@ __device__ __forceinline__ void put_state(const Shared& shared, State& state, fl
         }
 }
 
-// Divides a row's sums and writes four elements of its output.
-__device__ __forceinline__ void write_result(const DecodeParams& p, const Tile& tile, int row, int quad, const Sums& sums, bool poison) {
-    const QueryRow at = find_query_row(tile, row);
+// Divides the sums of one of BLOCK_ROWS and writes four elements of its output, if it is a query's.
+__device__ __forceinline__ void write_result(const DecodeParams& p, const Tile& unit, int block_row, int quad, const Sums& sums, bool poison) {
+    Tile tile = unit;
+    tile.head += block_row / USED_ROWS;
+    const QueryRow at = find_query_row(tile, block_row % USED_ROWS);
+    if (!at.exists) return;
     const RowResult result = finish_row(p, at.head, sums.maximum, sums.sum, poison);
     const float scale = result.scale * (!KV_FLOAT8 ? 1.0f : value_scale(p, tile.head));
     Element* to = p.out + query_offset(p.o_strides, tile, at) + 4 * quad;
@@ -876,47 +975,53 @@ __device__ __forceinline__ void write_result(const DecodeParams& p, const Tile& 
 // Sums of a portion in the workspace: a share has at most two that are not whole, the head of a unit that goes on in
 // the next share, and what precedes it.
 struct Partial {
-    float4* out;   // [USED_ROWS][OUT_QUADS]
-    float2* stats; // [USED_ROWS]
+    float4* out;   // [BLOCK_ROWS][OUT_QUADS]
+    float2* stats; // [BLOCK_ROWS]
 };
 
 __device__ __forceinline__ Partial find_partial(const DecodeParams& p, u32 share, bool head) {
-    float* base = p.partials + (2 * static_cast<i64>(share) + head) * USED_ROWS * (PADDED_DIM + 4); // whole 16 bytes
-    return {reinterpret_cast<float4*>(base), reinterpret_cast<float2*>(base + USED_ROWS * PADDED_DIM)};
+    float* base = p.partials + (2 * static_cast<i64>(share) + head) * BLOCK_ROWS * (PADDED_DIM + 4); // whole 16 bytes
+    return {reinterpret_cast<float4*>(base), reinterpret_cast<float2*>(base + BLOCK_ROWS * PADDED_DIM)};
 }
 
-// Calls visit(row, quad) for this thread's share of this block's slice of `rows` rows.
+// Calls visit(block row, quad) for this thread's share of this block's slice.
 template <typename Visit>
-__device__ __forceinline__ void for_each_quad(int rows, Visit visit) {
-    const int each = ceil_div(rows * OUT_QUADS, CLUSTER);
-    const int begin = cluster_rank() * each, end = min(begin + each, rows * OUT_QUADS);
+__device__ __forceinline__ void for_each_quad(Visit visit) {
+    const int begin = cluster_rank() * SLICE, end = min(begin + SLICE, BLOCK_ROWS * OUT_QUADS);
     for (int index = begin + threadIdx.x; index < end; index += THREADS) visit(index / OUT_QUADS, index % OUT_QUADS);
 }
 
+// Where a row's head has it in its first team's sums.
+__device__ __forceinline__ int first_team_row(int block_row) { return block_row / USED_ROWS * KEY_TEAMS * USED_ROWS + block_row % USED_ROWS; }
+
 // The sums of the teams of this block that had tiles.
-__device__ __forceinline__ Sums sum_teams(const Shared& shared, int row, int quad, int active) {
-    return merge_parts<TEAMS>(
-        active, [&](int source) { return shared.stats[source * USED_ROWS + row]; },
-        [&](int source) { return *reinterpret_cast<const float4*>(shared.outputs + (source * USED_ROWS + row) * OUT_STRIDE + 4 * quad); });
+__device__ __forceinline__ Sums sum_teams(const Shared& shared, int block_row, int quad, int active) {
+    const int first = first_team_row(block_row);
+    return merge_parts<KEY_TEAMS>(
+        active, [&](int source) { return shared.stats[first + source * USED_ROWS]; },
+        [&](int source) { return *reinterpret_cast<const float4*>(shared.outputs + (first + source * USED_ROWS) * OUT_STRIDE + 4 * quad); });
 }
 
-// The same over the blocks of the cluster, once each has left its sums in its first team's place.
-__device__ __forceinline__ Sums sum_blocks(const Shared& shared, int row, int quad) {
-    const u32 out = shared_address(shared.outputs + row * OUT_STRIDE + 4 * quad);
-    const u32 stats = shared_address(shared.stats + TEAMS * USED_ROWS + row);
-    return merge_parts<CLUSTER>(
-        CLUSTER, [&](int rank) { return load_cluster_pair(cluster_address(stats, rank)); },
-        [&](int rank) { return load_cluster_quad(cluster_address(out, rank)); });
-}
-
-__device__ __forceinline__ void leave_block_sums(const Shared& shared, int rows, int active) {
-    for (int index = threadIdx.x; index < rows * OUT_QUADS; index += THREADS) {
+#if CLUSTER > 1
+// Each block sends every other its slice of the block's sums. Of two portions that follow one another each has its own
+// place: one who still reads the former has not yet come to the barrier behind the latter.
+__device__ __forceinline__ void send_block_sums(const Shared& shared, Sent* place, int active) {
+    for (int index = threadIdx.x; index < BLOCK_ROWS * OUT_QUADS; index += THREADS) {
         const int row = index / OUT_QUADS, quad = index % OUT_QUADS;
         const Sums sums = sum_teams(shared, row, quad, active);
-        *reinterpret_cast<float4*>(shared.outputs + row * OUT_STRIDE + 4 * quad) = sums.out;
-        if (quad == 0) shared.stats[TEAMS * USED_ROWS + row] = make_float2(sums.maximum, sums.sum);
+        store_cluster_quad(cluster_address(shared_address(place->out + index % SLICE), index / SLICE), sums.out);
+        for (int rank = quad; rank < CLUSTER; rank += OUT_QUADS) {
+            store_cluster_pair(cluster_address(shared_address(place->stats + row), rank), make_float2(sums.maximum, sums.sum));
+        }
     }
 }
+
+__device__ __forceinline__ Sums sum_blocks(const Sent* sent, int row, int quad) {
+    const int item = (row * OUT_QUADS + quad) % SLICE;
+    return merge_parts<CLUSTER>(
+        CLUSTER, [&](int rank) { return sent[rank].stats[row]; }, [&](int rank) { return sent[rank].out[item]; });
+}
+#endif
 
 // Adds 1 to a counter that goes from `most` back to 0, and returns what it was. What this block wrote before is seen by
 // whoever counts later.
@@ -928,9 +1033,8 @@ __device__ __forceinline__ u32 increment_wrapping(u32* counter, u32 most) {
 
 // Merges what `count` shares from `first` on left of a unit: a warp takes a row, whose statistics its lanes read
 // together, and each lane quads of it.
-__device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& tile, int rows, u32 first, u32 count, bool poison) {
-    const int each = ceil_div(rows * OUT_QUADS, CLUSTER);
-    const int begin = cluster_rank() * each, end = min(begin + each, rows * OUT_QUADS);
+__device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& unit, u32 first, u32 count, bool poison) {
+    const int begin = cluster_rank() * SLICE, end = min(begin + SLICE, BLOCK_ROWS * OUT_QUADS);
     const u32 lane = lane_index();
 #pragma unroll 1
     for (int row = begin / OUT_QUADS + threadIdx.x / WARP_SIZE; row * OUT_QUADS < end; row += WARPS) {
@@ -941,19 +1045,23 @@ __device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& 
             Sums sums = {make_float4(0, 0, 0, 0), -infinity(), 0};
 #pragma unroll 1
             for (u32 base = 0; base < count; base += WARP_SIZE) {
+                float4 value[PARTS_AT_ONCE];
+                const auto load_parts = [&](u32 batch) {
+#pragma unroll
+                    for (u32 i = 0; i < PARTS_AT_ONCE; ++i) {
+                        const u32 other = base + batch + i;
+                        value[i] = mine && other < count ? __ldcg(find_partial(p, first + other, other == 0).out + item) : make_float4(0, 0, 0, 0);
+                    }
+                };
                 const float2 part = base + lane < count ? __ldcg(find_partial(p, first + base + lane, base + lane == 0).stats + row) : make_float2(-infinity(), 0);
+                load_parts(0); // on their way together with the statistics
                 const float raised = fmaxf(sums.maximum, warp_maximum(part.x));
                 const float offset = raised == -infinity() ? 0.0f : raised;
                 const float before = exp2_approx(sums.maximum - offset), weight = exp2_approx(part.x - offset);
                 sums = {make_float4(sums.out.x * before, sums.out.y * before, sums.out.z * before, sums.out.w * before), raised, sums.sum * before + warp_sum(part.y * weight)};
 #pragma unroll 1
                 for (u32 batch = 0; batch < WARP_SIZE && base + batch < count; batch += PARTS_AT_ONCE) {
-                    float4 value[PARTS_AT_ONCE];
-#pragma unroll
-                    for (u32 i = 0; i < PARTS_AT_ONCE; ++i) {
-                        const u32 other = base + batch + i;
-                        value[i] = mine && other < count ? __ldcg(find_partial(p, first + other, other == 0).out + item) : make_float4(0, 0, 0, 0);
-                    }
+                    if (batch > 0) load_parts(batch);
 #pragma unroll
                     for (u32 i = 0; i < PARTS_AT_ONCE; ++i) {
                         const float factor = __shfl_sync(~0u, weight, batch + i);
@@ -961,48 +1069,45 @@ __device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& 
                     }
                 }
             }
-            if (mine) write_result(p, tile, row, quad, sums, poison);
+            if (mine) write_result(p, unit, row, quad, sums, poison);
         }
     }
 }
 
-// Merge a finished portion over teams, blocks and workers, and write what is complete.
-__device__ __forceinline__ void merge_portion(const DecodeParams& p, const Shared& shared, const Tile& tile, const Cursor& at, const Deal& deal, u32 share, bool poison) {
+// Merge a finished portion, the worker's `portion`th, over teams, blocks and workers, and write what is complete.
+__device__ __forceinline__ void merge_portion(const DecodeParams& p, const Shared& shared, const Cursor& at, const UnitShares& held, u32 share, u32 portion, bool poison) {
     __shared__ bool last;
-    const int rows = min(ROWS, p.seqlen_q * GROUP - tile.first_row);
-    const int active = clamp(ceil_div(end_tile(at) - first_tile(at) - cluster_rank(), CLUSTER), 0, TEAMS);
+    const Tile unit = unit_tile(p, at.sequence, at.unit);
+    const int active = clamp(ceil_div(end_tile(at) - first_tile(at) - cluster_rank(), CLUSTER), 0, KEY_TEAMS);
     __syncthreads(); // all teams have put their sums
-    if constexpr (CLUSTER > 1) {
-        leave_block_sums(shared, rows, active);
-        cluster_arrive();
-        cluster_wait();
-    }
+#if CLUSTER > 1
+    Sent* sent = shared.sent + portion % 2 * CLUSTER;
+    if (portion == 0) cluster_wait(); // all blocks are there
+    send_block_sums(shared, sent + cluster_rank(), active);
+    cluster_arrive();
+    cluster_wait();
+#endif
     const bool whole = at.from == 0 && at.to == at.span.positions;
     const Partial own = find_partial(p, share, at.from == 0);
-    for_each_quad(rows, [&](int row, int quad) {
-        const Sums sums = CLUSTER == 1 ? sum_teams(shared, row, quad, active) : sum_blocks(shared, row, quad);
+    for_each_quad([&](int row, int quad) {
+#if CLUSTER > 1
+        const Sums sums = sum_blocks(sent, row, quad);
+#else
+        const Sums sums = sum_teams(shared, row, quad, active);
+#endif
         if (whole) {
-            write_result(p, tile, row, quad, sums, poison);
+            write_result(p, unit, row, quad, sums, poison);
         } else {
             __stcg(own.out + row * OUT_QUADS + quad, sums.out);
             __stcg(own.stats + row, make_float2(sums.maximum, sums.sum)); // each slice that has some of the row
         }
     });
-    cluster_arrive(); // this block has read the others' sums
-    if (!whole) {
-        const u32 first = deal.owner(at.line - at.from);
-        const u32 others = deal.owner(at.line - at.from + at.span.positions - 1) - first;
-        __syncthreads();
-        // The counter wraps to 0 for the next launch.
-        if (threadIdx.x == 0) last = increment_wrapping(p.counters + first * CLUSTER + cluster_rank(), others) == others;
-        __syncthreads();
-        if (last) {
-            merge_shares(p, tile, rows, first, others + 1, poison);
-        }
-    } else {
-        __syncthreads();
-    }
-    cluster_wait();
+    __syncthreads();
+    if (whole) return;
+    // The counter wraps to 0 for the next launch.
+    if (threadIdx.x == 0) last = increment_wrapping(p.counters + held.first * CLUSTER + cluster_rank(), held.others) == held.others;
+    __syncthreads();
+    if (last) merge_shares(p, unit, held.first, held.others + 1, poison);
 }
 
 // ---------------------------------------------------------------------------------------------- the kernel
@@ -1018,24 +1123,38 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     const Shared shared(shared_memory);
 
     const u32 worker = blockIdx.x / CLUSTER;
+    cluster_arrive();
     if (team_thread() == 0) init_team_sync();
+#if UNIT_SHARES
+    prefetch_table(p, 0);
+    Cursor at = find_share(p, worker);
+    if (at.left == 0) {
+        cluster_wait();
+        return;
+    }
+    if constexpr (TEAM_WARPS > 1) __syncthreads();
+#else
     if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
-    else prefetch_table(p);
+    else prefetch_table(p, WARP_SIZE);
     __syncthreads();
     const Deal deal = find_deal(p, shared, gridDim.x / CLUSTER);
-    if (worker >= deal.shares) return;
+    if (worker >= deal.shares) {
+        cluster_wait();
+        return;
+    }
+    Cursor at = find_share(p, shared, deal, worker);
+#endif
 
     const float unit = score_unit(p);
-    Cursor at = find_share(p, shared, deal, worker);
     Loader load;
     load.at = at;
     load.fresh = true;
     load.ready = false;
     load.loaded = 0;
     u32 done = 0; // tiles
-    for (; at.left > 0; advance(p, shared, at)) {
-        const Tile tile = unit_tile(p, at.sequence, at.unit);
-        const Rows rows = shared.rows(tile.sequence);
+    for (u32 portion = 0; at.left > 0; advance(p, shared, at), ++portion) {
+        const Tile tile = team_unit_tile(p, at.sequence, at.unit);
+        const Rows& rows = at.rows;
         const Keys keys = place_keys(p, tile.sequence, rows, tile.head);
         const int seqlen_k = keys.length, shift = seqlen_k - p.seqlen_q;
         const int before = rows.first + rows.length - p.seqlen_new; // tokens ahead of the new ones, padding counted
@@ -1050,7 +1169,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
         State state;
         clear(state);
         const int own_first = team_tile(at);
-        for (int t = own_first;; t -= TEAMS * CLUSTER) {
+        for (int t = own_first;; t -= KEY_TEAMS * CLUSTER) {
             fill_ring(p, shared, done, load);
 #if APPEND
             // While the first tiles are on their way.
@@ -1083,7 +1202,12 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
             ++done;
         }
         if (own_first >= first_tile(at)) put_state(shared, state, unit);
-        merge_portion(p, shared, tile, at, deal, worker, keys.bad);
+#if UNIT_SHARES
+        const UnitShares held = shares_of_unit(at, worker);
+#else
+        const UnitShares held = shares_of_unit(deal, at);
+#endif
+        merge_portion(p, shared, at, held, worker, portion, keys.bad);
     }
     wait_copies<0>();
 }

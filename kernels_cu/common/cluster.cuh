@@ -34,18 +34,14 @@ __device__ __forceinline__ u32 cluster_address(u32 local, int rank) {
     return remote;
 }
 
-__device__ __forceinline__ float4 load_cluster_quad(u32 address) {
-    float4 value = {};
+__device__ __forceinline__ void store_cluster_quad(u32 address, float4 value) {
 #if CLUSTER > 1
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(address) : "memory");
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
 #endif
-    return value;
 }
 
-__device__ __forceinline__ float2 load_cluster_pair(u32 address) {
-    float2 value = {};
+__device__ __forceinline__ void store_cluster_pair(u32 address, float2 value) {
 #if CLUSTER > 1
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y) : "memory");
 #endif
-    return value;
 }
