@@ -105,13 +105,17 @@ class DecodeTile:
     def warps(self) -> int:
         return self.teams * self.team_warps
 
-    def shared_bytes(self, padded_dim: int, itemsize: int, rows: int, batch: int) -> int:
-        """rows: how many of a unit's are in use."""
-        ring = self.teams * self.stages * (2 * self.keys * padded_dim * itemsize + rows * (padded_dim * 2 + 16))
-        outputs = self.teams * rows * (padded_dim + 4) * 4 + _round_up(self.teams * rows, 2) * 8
+    def shared_bytes(self, padded_dim: int, itemsize: int, rows: int, batch: int, one_portion: bool) -> int:
+        """rows: how many of a unit's are in use. one_portion: of each worker, as with UNIT_SHARES."""
+        ring = self.stages * 2 * self.keys * padded_dim * itemsize
+        queries = (1 if one_portion else self.stages) * rows * (padded_dim * 2 + 16)
+        sums = rows * (padded_dim + 4) * 4
+        if one_portion and sums <= ring:
+            sums = 0  # the ring is free by then
+        teams = self.teams * (ring + queries + sums) + _round_up(self.teams * rows, 2) * 8
         rows *= self.heads
         sent = 2 * self.cluster * (_ceil_div(rows * padded_dim // 4, self.cluster) * 16 + _round_up(rows, 2) * 8)
-        return ring + outputs + (sent if self.cluster > 1 else 0) + 16 * batch
+        return teams + (sent if self.cluster > 1 else 0) + 16 * batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ class Plan:
     cluster: int = 1  # blocks that work on one share of the keys
     row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
     workspace_bytes: int = 0  # decode: for the sums of keys that several workers share
+    kv_splits: int = 1  # forward_sm80: blocks that share the keys of a tile, whose results are then merged
 
 
 # Tiles in order of preference, by the largest padded head dimension that they serve: the first of which two
@@ -159,18 +164,26 @@ COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for eac
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
 # (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. On an H200 deeper rings are
-# slower (64 x 8k: 0.98 of the speed with 3 stages, 0.95 with 5), and two blocks of four warps are 1.02 times as fast as
-# one of eight where each has many units (notebooks/results/decode_tiles.json, as for all of decode here).
-DECODE_SHAPES = ((2, 2, 4), (2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
+# slower (64 x 8k: 0.98 of the speed with 3 stages, 0.95 with 5; notebooks/results/decode_tiles.json, as for all of
+# decode here). In clusters fewer warps have fewer sums to merge.
+DECODE_SHAPES = ((2, 1, 8), (2, 2, 4), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
+CLUSTER_SHAPES = ((2, 2, 4), (2, 1, 4), (2, 1, 2), (2, 1, 1), (1, 1, 1))
+SPARE_WORKERS = 8  # of so many may one go without work, so that the others have as much as one another
 # Bytes of keys and values up to which merging within a cluster, and not through memory, gains more than the
-# multiprocessors cost that no cluster fills: 1.15 times the speed at 4 MB, 1.08 at 17 MB, 0.88 at 34 MB.
-SMALL_CACHE = 20 << 20
+# multiprocessors cost that no cluster fills: 1.15 times the speed at 4 MB, 0.77 at 17 MB.
+SMALL_CACHE = 8 << 20
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
 FULL_SECTION = 1
+# Blocks that share the keys of a tile, where tiles alone would leave multiprocessors idle: as many as run at once, two
+# to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read).
+SPLIT_BLOCKS = 2
+PREFIX_ROWS = 128
+SPLIT_KEYS = 1024
+MOST_FORWARD_SPLITS = 64
 # Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
 # sm_100 on. A soft cap or ALiBi needs registers for each score, and there for each row: a warp then gets 16 rows.
 MAX_ACCUMULATORS = 192
@@ -199,6 +212,7 @@ def plan(
     typical_rows = _typical_rows(problem)
     window = effective_window(problem)
     masked = window != (UNBOUNDED, UNBOUNDED)
+    splits = 1
     if name == "forward_simt":
         tile = SIMT_TILE
         group = _packed_group(problem, tile.rows, typical_rows)
@@ -206,8 +220,9 @@ def plan(
         shared = 0
     else:
         padded = _round_up(problem.head_dim, 16)
+        splits = _most_splits(problem)
         if tile is None:
-            tile, group, reason = _choose_tile(problem, device, padded, typical_rows)
+            tile, group, reason = _choose_tile(problem, device, padded, typical_rows, splits)
         else:
             group, reason = _packed_group(problem, tile.rows, typical_rows), "the caller insists on the tile"
         reasons = [why, reason]
@@ -230,17 +245,22 @@ def plan(
             pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
         pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
+        if splits > 1 and not problem.num_splits and grid:
+            splits = max(1, min(splits, SPLIT_BLOCKS * device.multiprocessors // grid))
         if masked:
             reasons.append(
                 f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
             )
+    if splits > 1:
+        grid *= splits
+        reasons.append(f"{splits} blocks share the keys of a tile, and a second kernel merges what they find")
     if grid >= 2**31:
         refuse(
             "q", f"{problem.total_q} rows of {heads} heads, which take {grid} thread blocks", "at most 2**31 - 1 blocks"
         )
     return Plan(
         kernel=name,
-        defines=_defines(problem, name, tile, group, masked),
+        defines=_defines(problem, name, tile, group, masked, splits),
         grid=grid,
         threads=tile.warps * 32,
         shared_bytes=shared,
@@ -253,7 +273,20 @@ def plan(
         tiles_per_sequence=tiles_per_sequence,
         pairs_per_section=pairs_per_section,
         reasons=tuple(reasons),
+        kv_splits=splits,
     )
+
+
+def _most_splits(problem: Problem) -> int:
+    """How many blocks may share the keys of a tile in forward_sm80: 1 where a result cannot be put together from parts.
+
+    A sink must be counted once, and rows packed by cu_seqlens are as many as fill the chip.
+    """
+    if problem.packed_q or problem.sinks:
+        return 1
+    if problem.num_splits:
+        return min(problem.num_splits, MOST_FORWARD_SPLITS)
+    return max(1, min(problem.cache.rows // SPLIT_KEYS, MOST_FORWARD_SPLITS))
 
 
 def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tuple[str, str]:
@@ -299,6 +332,18 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
     return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores"
 
 
+def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
+    """The kernel that reads a prefix which all sequences of `own` share, whose queries are then those of one.
+
+    decode is made for few query rows: it reads keys from shared memory once for every 8 or 16 of them. From
+    `PREFIX_ROWS` rows of a kv head on the forward kernel's larger tiles are faster, and split the keys too.
+    """
+    if own.dtype == "float32" or device.capability < 80:
+        return "auto"
+    rows = own.batch * own.seqlen_q * own.group
+    return "decode" if rows < PREFIX_ROWS or sinks or own.kv_itemsize == 1 else "forward_sm80"
+
+
 def effective_window(problem: Problem) -> tuple[int, int]:
     """The window with every side that cannot hide a key set to -1, so that the kernel need not look at it.
 
@@ -326,11 +371,9 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
     most_tiles = problem.batch * problem.num_kv_heads * row_blocks * (problem.cache.rows // tile.keys + 2)
     position_tiles = _ceil_div(most_tiles, 2**31)
     workers = device.clusters(tile.cluster) * tile.blocks
-    unit_shares = 0
-    if problem.batch == 1 and not problem.num_splits:
-        units = problem.num_kv_heads // tile.heads * row_blocks
-        unit_shares = _unit_shares(workers, units, _ceil_div(problem.cache.rows, tile.keys) // tile.least)
-        workers = units * unit_shares or workers
+    units = problem.batch * (problem.num_kv_heads // tile.heads) * row_blocks
+    unit_shares = _unit_shares(problem, tile, workers, units)
+    workers = units * unit_shares or _even_workers(workers, units)
     window = effective_window(problem)
     who = f"{workers} thread blocks" if tile.cluster == 1 else f"{workers} clusters of {tile.cluster} thread blocks"
     reasons.append(
@@ -364,6 +407,7 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("WIDE_OFFSETS", int(_wide_offsets(problem))),
         ("GROUP", problem.group),
         ("KV_HEADS", problem.num_kv_heads),
+        ("WORKERS", workers),
         ("UNIT_SHARES", unit_shares),
         ("LEFTPAD", int(problem.leftpad)),
         ("PACKED_Q", 0),
@@ -383,7 +427,7 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         defines=defines,
         grid=workers * tile.cluster if problem.batch and problem.seqlen_q else 0,
         threads=tile.warps * 32,
-        shared_bytes=tile.shared_bytes(padded, itemsize, used_rows, problem.batch),
+        shared_bytes=tile.shared_bytes(padded, itemsize, used_rows, problem.batch, unit_shares > 0),
         tile_rows=tile.rows,
         tile_keys=tile.keys,
         warps=tile.warps,
@@ -413,7 +457,7 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
     itemsize = problem.kv_itemsize
     keys = 32 if padded_dim * itemsize <= 128 else 16
     # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything
-    # (256 x 1k, 16/1 heads: 1.18 times the speed).
+    # (256 x 1k, 16/1 heads: 1.18 times the speed), but where there is little to overlap: in clusters.
     team_warps = 1
     while team_warps < 8 and team_warps < columns:
         team_warps *= 2
@@ -421,15 +465,20 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
         row_tiles = 2 if columns > team_warps and padded_dim <= 128 else 1
         units = problem.batch * problem.num_kv_heads * _ceil_div(columns, row_tiles * team_warps)
         cluster = _choose_cluster(problem, device, units)
+        if cluster > 1 and team_warps == columns == 2 and padded_dim <= 128:
+            team_warps, row_tiles = 1, 2
         least = 4 if cluster == 1 else 8 * cluster
-        for stages, blocks, warps in DECODE_SHAPES:
+        for stages, blocks, warps in CLUSTER_SHAPES if cluster > 1 else DECODE_SHAPES:
             # Two blocks hide each other's ends of work; but where units are few, they double the parts to merge.
             if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
                 continue
             teams = warps // team_warps
-            heads = _side_by_side(problem.num_kv_heads, teams, units, device)
+            workers = device.clusters(cluster) * blocks
+            heads = _side_by_side(problem.num_kv_heads, teams, units, workers)
             tile = DecodeTile(teams, heads, team_warps, row_tiles, keys, stages, cluster, blocks, least)
-            need = tile.shared_bytes(padded_dim, itemsize, min(rows, tile.rows), problem.batch) + STATIC_SHARED
+            one_portion = _unit_shares(problem, tile, workers, units // heads) > 0
+            used = min(rows, tile.rows)
+            need = tile.shared_bytes(padded_dim, itemsize, used, problem.batch, one_portion) + STATIC_SHARED
             fits = blocks * (need + SHARED_RESERVED) <= device.shared_per_multiprocessor
             if fits and need <= device.shared_per_block:
                 return tile
@@ -443,25 +492,33 @@ def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
         return 1
     if problem.seqlen_q * problem.group > 8:
         return 8 if units <= 4 else 1
-    if units * problem.cache.rows * problem.head_dim * 2 * problem.kv_itemsize <= SMALL_CACHE:
-        return 8 if units <= 16 else 4 if units <= 33 else 1
-    return 1
+    small = units * problem.cache.rows * problem.head_dim * 2 * problem.kv_itemsize <= SMALL_CACHE
+    return 8 if small and units <= 16 else 1
 
 
-def _unit_shares(workers: int, units: int, most: int) -> int:
-    """Shares of each unit of a single sequence, `most` at most; 0 where too many workers would go without."""
-    shares = workers // units
+def _unit_shares(problem: Problem, tile: DecodeTile, workers: int, units: int) -> int:
+    """Shares of each unit of a single sequence; 0 where there are more, or too many workers would go without."""
+    if problem.batch != 1 or problem.num_splits:
+        return 0
+    shares, most = workers // units, _ceil_div(problem.cache.rows, tile.keys) // tile.least
     if shares > most:
         return max(most, 1)
-    return shares if 8 * units * shares >= 7 * workers else 0
+    return shares if units * shares >= workers - workers // SPARE_WORKERS else 0
 
 
-def _side_by_side(num_kv_heads: int, teams: int, units: int, device: Device) -> int:
+def _even_workers(workers: int, units: int) -> int:
+    """As many workers as share units out evenly, if not too many are spared: where lengths are alike, each then has
+    whole units, or each unit whole workers, and fewest results are left to merge."""
+    fewest = workers - workers // SPARE_WORKERS
+    even = (some for some in range(workers, fewest - 1, -1) if units and (units % some == 0 or some % units == 0))
+    return next(even, workers)
+
+
+def _side_by_side(num_kv_heads: int, teams: int, units: int, workers: int) -> int:
+    """How many kv heads a worker's teams read side by side: as many as leave each worker a unit of its own."""
     heads = teams
-    while num_kv_heads % heads or units < heads * device.multiprocessors // 4:
+    while heads > 1 and (num_kv_heads % heads or units < heads * (workers - workers // SPARE_WORKERS)):
         heads //= 2
-        if heads <= 1:
-            return 1
     return heads
 
 
@@ -576,7 +633,9 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
     ]
 
 
-def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows: int) -> tuple[Tile, int, str]:
+def _choose_tile(
+    problem: Problem, device: Device, padded_dim: int, typical_rows: int, splits: int
+) -> tuple[Tile, int, str]:
     shaped = bool(problem.softcap or problem.alibi)
     large, small = (_fitting(table, padded_dim, device, shaped) for table in (LARGE_TILES, SMALL_TILES))
     group = _packed_group(problem, large.rows, typical_rows)
@@ -585,7 +644,7 @@ def _choose_tile(problem: Problem, device: Device, padded_dim: int, typical_rows
     if rows <= small.rows < large.rows:
         reason = f"{rows} rows fill one tile of {small.rows}"
         return small, _packed_group(problem, small.rows, typical_rows), reason
-    blocks = _ceil_div(rows, large.rows) * problem.batch * heads
+    blocks = _ceil_div(rows, large.rows) * problem.batch * heads * splits
     if blocks < device.multiprocessors and small.rows < large.rows:
         reason = f"tiles of {large.rows} rows would make {blocks} blocks for {device.multiprocessors} multiprocessors"
         return small, _packed_group(problem, small.rows, typical_rows), reason
@@ -631,7 +690,7 @@ def _typical_rows(problem: Problem) -> int:
     return problem.seqlen_q
 
 
-def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool) -> Defines:
+def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool, splits: int) -> Defines:
     common = (
         ("DTYPE", DTYPE_CODES[problem.dtype]),
         ("HEAD_DIM", problem.head_dim),
@@ -656,6 +715,7 @@ def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool
         ("STAGES", tile.stages),
         ("LOAD_BYTES", problem.alignment),
         ("STORE_BYTES", problem.out_alignment),
+        ("KV_SPLITS", splits),
     )
 
 

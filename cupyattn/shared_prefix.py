@@ -25,6 +25,7 @@ from .attention import (
     signatures,
 )
 from .kernels.operands import Operands
+from .plan import prefix_kernel
 from .problem import (
     Problem,
     check_flag,
@@ -91,8 +92,8 @@ def attention_with_shared_prefix(
         causal: among each sequence's own tokens.
         window, alibi_slopes: not possible here.
         sinks: float32 (heads,); counted once.
-        kernel: as in `attention`, for both parts; "auto" reads the prefix by the decode kernel, which shares its keys
-            out over the chip. numpy_float64 is not possible: parts are merged in float32.
+        kernel: as in `attention`, for both parts; "auto" reads the prefix by the kernel that suits the number of
+            queries: both share its keys out over the chip. numpy_float64 is not possible: parts are merged in float32.
 
     Returns:
         An array of q's shape and dtype; with return_lse also the lse, float32 (batch, heads, seqlen_q).
@@ -132,7 +133,7 @@ def attention_with_shared_prefix(
     options = (causal, *masks, kernel, None, None, layout, (kv_dtype, *scales, True, num_splits))
     own_call = find_call(own, options, signatures(own), CACHE_NAMES)
     if kernel == "auto":
-        kernel = _kernel_for_prefix(own.q)
+        kernel = _kernel_for_prefix(own.q, own_call.problem, prefix.sinks is not None)
     prefix_layout = layout if prefix.block_table is not None else "NHD"
     held_as = own_call.problem.kv_dtype if own_call.problem.kv_dtype != own.q.dtype else None
     options = (False, *masks, kernel, None, None, prefix_layout, (held_as, *scales, True, num_splits))
@@ -216,13 +217,12 @@ def _by_sequence(lse: View, shape: tuple[int, ...]) -> View:
     return view(by_head.transpose(1, 0, 2).copy())
 
 
-def _kernel_for_prefix(q: View) -> str:
-    """decode where there is one: it shares few heads' keys out over the chip, however many queries see them."""
-    if q.device < 0 or q.dtype == "float32":
+def _kernel_for_prefix(q: View, own: Problem, sinks: bool) -> str:
+    if q.device < 0:
         return "auto"
     from .kernels.launch import describe_device  # needs CuPy
 
-    return "decode" if describe_device(q.device).capability >= 80 else "auto"
+    return prefix_kernel(own, describe_device(q.device), sinks)
 
 
 def _refuse_other_heads(own: Problem, prefix: Problem) -> None:

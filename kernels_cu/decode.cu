@@ -5,7 +5,7 @@
 // short ones costs no tail (stream-K, arXiv:2301.03598). Every warp works out the shares from the lengths on the
 // device; the host plans nothing. The tiles that a worker has of one (sequence, kv head) are a *portion*.
 //
-// Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn, from the last to the first. A team
+// Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn. A team
 // has a ring of STAGES tiles of its own, filled by cp.async STAGES tiles ahead and across portions, so that memory
 // never waits for arithmetic. (Hopper's bulk copies do not pay: each row of a head would be one, and a warp issues them
 // one after the other.) It computes with the keys as rows of the matrix product and 8 ROW_TILES
@@ -29,14 +29,14 @@
 // Shared memory (dynamic):
 //     ring      [TEAMS][STAGES]{K [TILE_N], V [TILE_N]} rows of PADDED_DIM elements, swizzled as common/copy.cuh says
 //               (rows at another pitch would have the copies fetch more from L2 than they need)
-//     queries   [TEAMS][STAGES][USED_ROWS] rows of PADDED_DIM elements and 16 bytes, with the first tile of a portion
-//     outputs   [TEAMS][USED_ROWS][OUT_STRIDE] float32
+//     queries   [TEAMS][QUERY_SLOTS][USED_ROWS] rows of PADDED_DIM elements and 16 bytes, with the first tile of a portion
+//     outputs   [TEAMS][USED_ROWS][OUT_STRIDE] float32; with SUMS_IN_RING each at the start of its team's ring
 //     stats     [TEAMS][USED_ROWS]{maximum, sum}
 //     sent      [2][CLUSTER] sums of this block's slice, from every block of the cluster; of two portions in turns
 //     sequences [batch] where each lies in the line and in the cache
 //
 // Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP KV_HEADS
-// CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
+// CLUSTER BLOCKS WORKERS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
 // LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
 // and TILE_M (the rows of a unit).
 
@@ -65,7 +65,12 @@ constexpr u32 TILE_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 QUERY_PITCH = PADDED_DIM * 2 + 16; // an odd number of chunks: eight rows meet eight different groups of banks
 constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;
 constexpr u32 QUERY_BYTES = USED_ROWS * QUERY_PITCH;
+// UNIT_SHARES: a worker has one portion. Then a team needs one place for queries, and its ring is free for its sums.
+constexpr int QUERY_SLOTS = UNIT_SHARES ? 1 : STAGES;
+constexpr u32 RING_BYTES = STAGES * STAGE_BYTES; // of a team
 constexpr int OUT_STRIDE = PADDED_DIM + 4;   // floats: the lanes of a column of queries then meet different banks
+constexpr u32 OUTPUT_BYTES = USED_ROWS * OUT_STRIDE * 4; // of a team
+constexpr bool SUMS_IN_RING = UNIT_SHARES && OUTPUT_BYTES <= RING_BYTES;
 constexpr int OUT_QUADS = PADDED_DIM / 4;
 constexpr int SLICE = ceil_div(BLOCK_ROWS * OUT_QUADS, CLUSTER); // quads of the rows that each block of a cluster merges
 constexpr float RESCALE_BITS = 8.0f;
@@ -89,18 +94,24 @@ struct Sent {
 
 struct Shared {
     u32 ring, queries;
-    float* outputs;
+    char* outputs;
     float2* stats;
     Sent* sent;
     Sequence* sequences;
 
     __device__ __forceinline__ explicit Shared(uint4* base) {
+        char* bytes = reinterpret_cast<char*>(base);
         ring = shared_address(base);
-        queries = ring + TEAMS * STAGES * STAGE_BYTES;
-        outputs = reinterpret_cast<float*>(base) + TEAMS * STAGES * (STAGE_BYTES + QUERY_BYTES) / 4;
-        stats = reinterpret_cast<float2*>(outputs + TEAMS * USED_ROWS * OUT_STRIDE);
+        queries = ring + TEAMS * RING_BYTES;
+        outputs = bytes + (SUMS_IN_RING ? 0 : TEAMS * (RING_BYTES + QUERY_SLOTS * QUERY_BYTES));
+        stats = reinterpret_cast<float2*>(bytes + TEAMS * (RING_BYTES + QUERY_SLOTS * QUERY_BYTES + (SUMS_IN_RING ? 0 : OUTPUT_BYTES)));
         sent = reinterpret_cast<Sent*>(stats + round_up(TEAMS * USED_ROWS, 2));
         sequences = reinterpret_cast<Sequence*>(sent + (CLUSTER > 1 ? 2 * CLUSTER : 0));
+    }
+
+    // A row of a team's sums.
+    __device__ __forceinline__ float* output(int team, int row) const {
+        return reinterpret_cast<float*>(outputs + team * (SUMS_IN_RING ? RING_BYTES : OUTPUT_BYTES)) + row * OUT_STRIDE;
     }
 
     __device__ __forceinline__ Rows rows(int sequence) const {
@@ -162,7 +173,7 @@ struct Deal {
     u32 each, more; // positions of a share, one more for the first `more`
 
     __device__ __forceinline__ u32 start(u32 share) const { return share * each + min(share, more); }
-    // The share that has a position.
+    // The share that holds a position.
     __device__ __forceinline__ u32 owner(u32 position) const {
         const u32 larger = more * (each + 1);
         return position < larger ? position / (each + 1) : more + (position - larger) / each;
@@ -174,10 +185,11 @@ struct Deal {
 struct Cursor {
     Rows rows; // of the sequence
     Span span;
-    int sequence, unit; // unit: kv head and block of rows
+    int sequence, unit; // unit: kv heads and block of rows
     int from, to;       // positions of the unit that belong to the share
     int left;           // positions of the share from `from` on
     u32 line;           // position of `from` in the whole line
+    int part;           // UNIT_SHARES: of which the share takes every tile that leaves this remainder
 };
 
 __device__ __forceinline__ u32 lane_index() { return threadIdx.x % WARP_SIZE; }
@@ -208,24 +220,23 @@ __device__ __forceinline__ void prefetch_table(const DecodeParams& p, int first_
 }
 
 #if UNIT_SHARES
-// Every unit in as many shares: then a worker knows its own by the length of one sequence. Right where all lengths are
-// alike, as that of a single sequence is.
+// A single sequence: each of its units in UNIT_SHARES shares, which take tiles in turns. Which tiles those are depends on
+// no length, so that block ids are looked up while the length is still on its way.
 __device__ __forceinline__ Cursor find_share(const DecodeParams& p, u32 share) {
-    const int unit = share / UNIT_SHARES, part = share % UNIT_SHARES;
     Cursor at;
-    at.sequence = unit / SEQUENCE_UNITS;
-    at.unit = unit % SEQUENCE_UNITS;
+    at.sequence = 0;
+    at.unit = share / UNIT_SHARES;
+    at.part = share % UNIT_SHARES;
     at.rows = find_rows(p, at.sequence);
     at.span = find_span(p, at.rows.length);
-    const int each = at.span.positions / UNIT_SHARES, more = at.span.positions % UNIT_SHARES;
-    at.from = part * each + min(part, more);
-    at.left = each + (part < more ? 1 : 0);
-    at.to = at.from + at.left;
+    at.from = 0;
+    at.to = at.span.positions;
+    at.left = at.part < at.span.tiles ? at.to : 0;
     return at;
 }
 
 __device__ __forceinline__ UnitShares shares_of_unit(const Cursor& at, u32 share) {
-    return {share / UNIT_SHARES * UNIT_SHARES, static_cast<u32>(min(at.span.positions, UNIT_SHARES)) - 1};
+    return {share - at.part, static_cast<u32>(min(at.span.tiles, UNIT_SHARES)) - 1};
 }
 #else
 // By one warp: where every sequence lies, in shared memory.
@@ -242,15 +253,16 @@ __device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& sh
     }
 }
 
-__device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& shared, u32 workers) {
+__device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& shared) {
     const u32 total = shared.sequences[p.batch - 1].end;
     Deal deal;
-    deal.shares = min(workers, max((total + LEAST_POSITIONS - 1) / LEAST_POSITIONS, 1u));
-    // As many for each unit, where lengths are alike, so that no share holds ends of two.
-    const u32 units = p.batch * SEQUENCE_UNITS;
-    const u32 odd = deal.shares > units ? deal.shares % units : 0;
-    if (odd <= deal.shares / 8) deal.shares -= odd; // a larger part of the chip is worth more than that
-    deal.each = total / deal.shares;
+    if (total >= WORKERS * LEAST_POSITIONS) {
+        deal.shares = WORKERS;
+        deal.each = total / WORKERS;
+    } else {
+        deal.shares = (total + LEAST_POSITIONS - 1) / LEAST_POSITIONS;
+        deal.each = total / deal.shares;
+    }
     deal.more = total - deal.each * deal.shares;
     return deal;
 }
@@ -331,8 +343,19 @@ __device__ __forceinline__ void team_sync() {
 #endif
 }
 
-// Tiles of a portion that belong to this team: counted back from the last, in turns over blocks, then teams.
-__device__ __forceinline__ int team_tile(const Cursor& at) { return end_tile(at) - 1 - (key_team() * CLUSTER + cluster_rank()); }
+// Teams take the tiles of a portion in turns over shares, blocks and teams.
+constexpr int TURN = UNIT_SHARES ? UNIT_SHARES : 1;
+constexpr int TILE_STEP = TURN * CLUSTER * KEY_TEAMS; // from one of a team's tiles to its next
+
+__device__ __forceinline__ int team_tile(const Cursor& at) {
+    return first_tile(at) + (key_team() * CLUSTER + cluster_rank()) * TURN + (UNIT_SHARES ? at.part : 0);
+}
+
+// The key teams of this block that have tiles of a portion.
+__device__ __forceinline__ int active_teams(const Cursor& at) {
+    const int behind = end_tile(at) - first_tile(at) - cluster_rank() * TURN - (UNIT_SHARES ? at.part : 0);
+    return clamp(ceil_div(behind, CLUSTER * TURN), 0, KEY_TEAMS);
+}
 
 // Blocks that a tile may touch, a power of two; and how many tiles one look-up of a warp covers.
 constexpr int power_above(int value) { return value <= 1 ? 1 : 2 * power_above((value + 1) / 2); }
@@ -350,6 +373,7 @@ struct Loader {
     bool ready;    // stands at a tile
     bool first;    // of the team's tiles of the unit
     int tile;
+    int early_blocks; // EARLY_BLOCKS
     int blocks, next_blocks, used; // paged: ids, those behind them, and how many of the tiles that they cover are loaded
     u32 loaded;    // tiles
 };
@@ -363,12 +387,21 @@ __device__ __forceinline__ int cached_keys(const DecodeParams& p, const Keys& ke
 __device__ __forceinline__ int look_up_blocks(const DecodeParams& p, const Loader& load, int tile) {
     int block = -1;
 #if CACHE_KIND == CACHE_PAGED
-    tile -= static_cast<int>(lane_index()) / TILE_BLOCKS * KEY_TEAMS * CLUSTER;
+    tile += static_cast<int>(lane_index()) / TILE_BLOCKS * TILE_STEP;
     const int index = ((load.at.span.begin + tile) * TILE_N + load.keys.padding) / BLOCK_SIZE + static_cast<int>(lane_index()) % TILE_BLOCKS;
     const int first = (load.keys.needed + load.keys.padding) / BLOCK_SIZE, end = cached_keys(p, load.keys) + load.keys.padding;
-    if (tile >= first_tile(load.at) && index >= first && index * BLOCK_SIZE < end) block = __ldg(load.keys.table + index);
+    if (tile < end_tile(load.at) && index >= first && index * BLOCK_SIZE < end) block = __ldg(load.keys.table + index);
 #endif
     return block;
+}
+
+// The block ids of the team's first tiles of a share, whatever the sequence's length, if no window hides its first keys.
+constexpr bool EARLY_BLOCKS = UNIT_SHARES && ALIGNED_TILES;
+
+__device__ __forceinline__ int look_up_early(const DecodeParams& p, u32 share) {
+    const int tile = (key_team() * CLUSTER + cluster_rank()) * TURN + share % TURN + static_cast<int>(lane_index()) * TILE_STEP;
+    const int index = tile * TILE_N / BLOCK_SIZE;
+    return index < p.cache_rows / BLOCK_SIZE ? __ldg(p.block_table + index) : -1;
 }
 
 // Go on until the loader stands at a tile of this team, or the share ends.
@@ -378,12 +411,12 @@ __device__ __forceinline__ void find_tile(const DecodeParams& p, const Shared& s
         if (load.at.left == 0) return;
         load.fresh = false;
         load.tile = team_tile(load.at);
-        load.ready = load.first = load.tile >= first_tile(load.at);
+        load.ready = load.first = load.tile < end_tile(load.at);
         const Tile tile = team_unit_tile(p, load.at.sequence, load.at.unit);
         load.keys = place_keys(p, tile.sequence, load.at.rows, tile.head);
         load.keys.needed = visible_keys(p, 0, load.keys.length - p.seqlen_q, load.keys.length).begin;
-        load.blocks = look_up_blocks(p, load, load.tile);
-        load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * KEY_TEAMS * CLUSTER);
+        load.blocks = EARLY_BLOCKS && load.keys.needed == 0 ? load.early_blocks : look_up_blocks(p, load, load.tile);
+        load.next_blocks = look_up_blocks(p, load, load.tile + LOOK_UP_TILES * TILE_STEP);
         load.used = 0;
     }
 }
@@ -498,12 +531,17 @@ __device__ __forceinline__ void copy_query_chunk(u32 to, const Element* row, int
 
 __device__ __forceinline__ void copy_queries(const DecodeParams& p, const Tile& tile, u32 shared) {
     constexpr int QUERY_CHUNKS = PADDED_DIM / 8;
-#pragma unroll 1
+#pragma unroll 4
     for (int index = team_thread(); index < USED_ROWS * QUERY_CHUNKS; index += TEAM_THREADS) {
         const int row = index / QUERY_CHUNKS, chunk = index % QUERY_CHUNKS;
         const QueryRow at = find_query_row(tile, row);
         copy_query_chunk(shared + row * QUERY_PITCH + chunk * 16, p.q + (at.exists ? query_offset(p.q_strides, tile, at) : 0), chunk, at.exists);
     }
+}
+
+// Where the queries of a portion are whose first tile is a team's `tile`th.
+__device__ __forceinline__ u32 query_place(const Shared& shared, u32 tile) {
+    return shared.queries + (team() * QUERY_SLOTS + tile % QUERY_SLOTS) * QUERY_BYTES;
 }
 
 // Fill the ring. `done` tiles are used up; each tile is a group of copies. The next unit is found before there is room
@@ -513,18 +551,17 @@ __device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& s
     while (true) {
         find_tile(p, shared, load);
         if (!load.ready || load.loaded - done == STAGES) return;
-        const u32 stage = team() * STAGES + load.loaded % STAGES;
-        load_tile(p, load, shared.ring + stage * STAGE_BYTES);
-        if (load.first) copy_queries(p, team_unit_tile(p, load.at.sequence, load.at.unit), shared.queries + stage * QUERY_BYTES);
+        load_tile(p, load, shared.ring + team() * RING_BYTES + load.loaded % STAGES * STAGE_BYTES);
+        if (load.first) copy_queries(p, team_unit_tile(p, load.at.sequence, load.at.unit), query_place(shared, load.loaded));
         commit_copies();
         ++load.loaded;
         load.first = false;
-        load.tile -= KEY_TEAMS * CLUSTER;
-        load.ready = load.tile >= first_tile(load.at);
+        load.tile += TILE_STEP;
+        load.ready = load.tile < end_tile(load.at);
         if (++load.used == LOOK_UP_TILES) {
             load.used = 0;
             load.blocks = load.next_blocks;
-            load.next_blocks = look_up_blocks(p, load, load.tile - LOOK_UP_TILES * KEY_TEAMS * CLUSTER);
+            load.next_blocks = look_up_blocks(p, load, load.tile + LOOK_UP_TILES * TILE_STEP);
         }
     }
 }
@@ -935,7 +972,6 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 // Leaves a team's sums in shared memory.
 __device__ __forceinline__ void put_state(const Shared& shared, State& state, float unit) {
-    float* out = shared.outputs + team() * USED_ROWS * OUT_STRIDE;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
@@ -947,7 +983,7 @@ __device__ __forceinline__ void put_state(const Shared& shared, State& state, fl
 #pragma unroll
             for (int d = 0; d < D_TILES; ++d)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) out[row * OUT_STRIDE + out_dim(d, h)] = state.out[d][r][2 * h + i];
+                for (int h = 0; h < 2; ++h) shared.output(team(), row)[out_dim(d, h)] = state.out[d][r][2 * h + i];
         }
 }
 
@@ -988,28 +1024,27 @@ __device__ __forceinline__ Partial find_partial(const DecodeParams& p, u32 share
 template <typename Visit>
 __device__ __forceinline__ void for_each_quad(Visit visit) {
     const int begin = cluster_rank() * SLICE, end = min(begin + SLICE, BLOCK_ROWS * OUT_QUADS);
+#pragma unroll 1
     for (int index = begin + threadIdx.x; index < end; index += THREADS) visit(index / OUT_QUADS, index % OUT_QUADS);
 }
 
-// Where a row's head has it in its first team's sums.
-__device__ __forceinline__ int first_team_row(int block_row) { return block_row / USED_ROWS * KEY_TEAMS * USED_ROWS + block_row % USED_ROWS; }
-
 // The sums of the teams of this block that had tiles.
 __device__ __forceinline__ Sums sum_teams(const Shared& shared, int block_row, int quad, int active) {
-    const int first = first_team_row(block_row);
+    const int first = block_row / USED_ROWS * KEY_TEAMS, row = block_row % USED_ROWS;
     return merge_parts<KEY_TEAMS>(
-        active, [&](int source) { return shared.stats[first + source * USED_ROWS]; },
-        [&](int source) { return *reinterpret_cast<const float4*>(shared.outputs + (first + source * USED_ROWS) * OUT_STRIDE + 4 * quad); });
+        active, [&](int source) { return shared.stats[(first + source) * USED_ROWS + row]; },
+        [&](int source) { return *reinterpret_cast<const float4*>(shared.output(first + source, row) + 4 * quad); });
 }
 
 #if CLUSTER > 1
 // Each block sends every other its slice of the block's sums. Of two portions that follow one another each has its own
 // place: one who still reads the former has not yet come to the barrier behind the latter.
 __device__ __forceinline__ void send_block_sums(const Shared& shared, Sent* place, int active) {
-    for (int index = threadIdx.x; index < BLOCK_ROWS * OUT_QUADS; index += THREADS) {
-        const int row = index / OUT_QUADS, quad = index % OUT_QUADS;
+#pragma unroll 4
+    for (int item = threadIdx.x; item < BLOCK_ROWS * OUT_QUADS; item += THREADS) {
+        const int row = item / OUT_QUADS, quad = item % OUT_QUADS;
         const Sums sums = sum_teams(shared, row, quad, active);
-        store_cluster_quad(cluster_address(shared_address(place->out + index % SLICE), index / SLICE), sums.out);
+        store_cluster_quad(cluster_address(shared_address(place->out + item % SLICE), item / SLICE), sums.out);
         for (int rank = quad; rank < CLUSTER; rank += OUT_QUADS) {
             store_cluster_pair(cluster_address(shared_address(place->stats + row), rank), make_float2(sums.maximum, sums.sum));
         }
@@ -1078,7 +1113,7 @@ __device__ __forceinline__ void merge_shares(const DecodeParams& p, const Tile& 
 __device__ __forceinline__ void merge_portion(const DecodeParams& p, const Shared& shared, const Cursor& at, const UnitShares& held, u32 share, u32 portion, bool poison) {
     __shared__ bool last;
     const Tile unit = unit_tile(p, at.sequence, at.unit);
-    const int active = clamp(ceil_div(end_tile(at) - first_tile(at) - cluster_rank(), CLUSTER), 0, KEY_TEAMS);
+    const int active = active_teams(at);
     __syncthreads(); // all teams have put their sums
 #if CLUSTER > 1
     Sent* sent = shared.sent + portion % 2 * CLUSTER;
@@ -1087,8 +1122,8 @@ __device__ __forceinline__ void merge_portion(const DecodeParams& p, const Share
     cluster_arrive();
     cluster_wait();
 #endif
-    const bool whole = at.from == 0 && at.to == at.span.positions;
-    const Partial own = find_partial(p, share, at.from == 0);
+    const bool whole = held.others == 0;
+    const Partial own = find_partial(p, share, share == held.first);
     for_each_quad([&](int row, int quad) {
 #if CLUSTER > 1
         const Sums sums = sum_blocks(sent, row, quad);
@@ -1126,7 +1161,9 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     cluster_arrive();
     if (team_thread() == 0) init_team_sync();
 #if UNIT_SHARES
-    prefetch_table(p, 0);
+    Loader load;
+    if constexpr (EARLY_BLOCKS) load.early_blocks = look_up_early(p, worker);
+    else prefetch_table(p, 0);
     Cursor at = find_share(p, worker);
     if (at.left == 0) {
         cluster_wait();
@@ -1137,16 +1174,16 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
     if (threadIdx.x < WARP_SIZE) lay_line(p, shared);
     else prefetch_table(p, WARP_SIZE);
     __syncthreads();
-    const Deal deal = find_deal(p, shared, gridDim.x / CLUSTER);
+    const Deal deal = find_deal(p, shared);
     if (worker >= deal.shares) {
         cluster_wait();
         return;
     }
     Cursor at = find_share(p, shared, deal, worker);
+    Loader load;
 #endif
 
     const float unit = score_unit(p);
-    Loader load;
     load.at = at;
     load.fresh = true;
     load.ready = false;
@@ -1169,25 +1206,24 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
         State state;
         clear(state);
         const int own_first = team_tile(at);
-        for (int t = own_first;; t -= KEY_TEAMS * CLUSTER) {
+        for (int t = own_first;; t += TILE_STEP) {
             fill_ring(p, shared, done, load);
 #if APPEND
             // While the first tiles are on their way.
-            if (t == own_first && at.to == at.span.positions && tile.first_row == 0 && cluster_rank() == 0) {
+            if (t == own_first && at.to == at.span.positions && tile.first_row == 0 && cluster_rank() == 0 && (!UNIT_SHARES || at.part == 0)) {
                 store_new_rows(p, tile, rows, keys, before);
             }
 #endif
-            if (t < first_tile(at)) break;
-            const u32 stage = team() * STAGES + done % STAGES;
-            const u32 from = shared.ring + stage * STAGE_BYTES;
+            if (t >= end_tile(at)) break;
+            const u32 from = shared.ring + team() * RING_BYTES + done % STAGES * STAGE_BYTES;
             const int first_key = (at.span.begin + t) * TILE_N;
             wait_tile(load.loaded - done);
             team_sync(); // the tile has arrived for all of the team
             if (t == own_first) {
 #if ROTARY
-                rotate_queries(p, tile, before, shared.queries + stage * QUERY_BYTES);
+                rotate_queries(p, tile, before, query_place(shared, done));
 #endif
-                load_queries(p, tile, shared.queries + stage * QUERY_BYTES, queries, factor);
+                load_queries(p, tile, query_place(shared, done), queries, factor);
             }
 #if APPEND
             if (first_key + TILE_N > cached_keys(p, keys)) insert_new_rows(p, tile, keys, before, first_key, from);
@@ -1201,7 +1237,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, BLOCKS) decode
             team_sync(); // all of the team are done with the tile
             ++done;
         }
-        if (own_first >= first_tile(at)) put_state(shared, state, unit);
+        if (own_first < end_tile(at)) put_state(shared, state, unit);
 #if UNIT_SHARES
         const UnitShares held = shares_of_unit(at, worker);
 #else

@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
     __shared__ __align__(16) float weights[TILE_M][TILE_N + PAD];
     __shared__ __align__(16) float values[TILE_N][DEPTH + PAD];
 
-    const Tile tile = find_tile(p);
+    const Tile tile = find_tile(p, blockIdx.x);
     if (tile.sequence < 0) return;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
     Keys keys = find_keys(p, tile, kv_head);

@@ -357,6 +357,70 @@ def test_whole_paged_cache_is_in_use_without_lengths(backend, rng):
     backend.agrees("attention_with_kvcache", q, k, v, block_table=table[:, :3].copy(), causal=True)
 
 
+# ------------------------------------------------------------------------------------------- keys shared by blocks
+
+splitting = pytest.mark.backends("numpy", "cuda-sm80")
+
+
+@splitting
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 64, 2**40])
+@pytest.mark.parametrize("block_size", [0, 16], ids=["dense", "paged"])
+def test_splits(backend, rng, block_size, num_splits):
+    """More splits than a sequence has tiles, and sequences without a key, among others."""
+    lengths = [0, 3, 700, 300, 64]
+    pairs = sequences(rng, "float16", lengths)
+    options = {"cache_seqlens": np.array(lengths, np.int32), "num_splits": num_splits}
+    if block_size:
+        k, v, options["block_table"] = paged(backend, rng, pairs, block_size)
+    else:
+        k, v = (dense_cache([pair[i] for pair in pairs], 700) for i in range(2))
+    for seqlen_q, causal in ((70, True), (3, False)):
+        q = normal(rng, (5, seqlen_q, 4, 64), "float16")
+        backend.agrees("attention_with_kvcache", q, k, v, **options, causal=causal)
+
+
+@splitting
+@pytest.mark.parametrize("head_dim", [33, 40, 128])
+@pytest.mark.parametrize("names", [("window", "softcap"), ("causal", "alibi"), ("sinks",)], ids="-".join)
+def test_splits_with_features(backend, rng, head_dim, names):
+    """Into an output of other strides; sinks count once, whatever the number of splits that is asked for."""
+    q, k, v = qkv(rng, "bfloat16", seqlen_q=20, seqlen_k=400, head_dim=head_dim)
+    out = backend.place(np.full((2, 4, 20, head_dim), np.nan, q.dtype), lambda array: array.swapaxes(1, 2))
+    backend.agrees("attention_with_kvcache", q, k, v, num_splits=3, out=out, **features(rng, *names))
+
+
+@splitting
+def test_few_rows_over_many_keys_are_split_by_themselves(backend, rng):
+    q, k, v = qkv(rng, "float16", batch=1, seqlen_q=60, seqlen_k=5000)
+    backend.agrees("attention", q, k, v, causal=True)
+
+
+@pytest.mark.gpu
+def test_splits_without_lse_and_in_a_graph(rng):
+    """What was captured reads lengths and arrays as they are when it is replayed, from memory that nobody else gets."""
+    import cupy
+
+    import cupyattn
+
+    q, k, v = (cupy.asarray(x) for x in qkv(rng, "float16", batch=1, seqlen_q=60, seqlen_k=5000))
+    length = cupy.asarray(np.array([5000], np.int32))
+    options = {"cache_seqlens": length, "kernel": "forward_sm80", "causal": True}
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        cupyattn.attention_with_kvcache(q, k, v, **options)
+        stream.begin_capture()
+        out = cupyattn.attention_with_kvcache(q, k, v, **options)
+        graph = stream.end_capture()
+        for used in (5000, 61, 3000):
+            length.fill(used)
+            out.fill(np.nan)
+            noise = [cupy.full(1 << 20, np.nan, np.float32) for _ in range(8)]
+            graph.launch(stream)
+            expected, _ = cupyattn.attention_with_kvcache(q, k, v, **options, return_lse=True)
+            assert (out == expected).all() and len(noise) == 8
+
+
 @pytest.mark.parametrize("is_paged", [False, True], ids=["dense", "paged"])
 def test_leftpad(backend, rng, is_paged):
     lengths, padding = [0, 1, 17, 130, 64, 90], np.array([0, 1, 4, 127, 0, 33], np.int32)

@@ -125,6 +125,21 @@ def test_a_part_of_a_dense_prefix(backend, rng):
 
 
 @pytest.mark.backends("numpy", "cuda")
+@pytest.mark.parametrize("block_size", [0, 16], ids=["dense", "paged"])
+def test_many_queries_over_a_long_prefix(backend, rng, block_size):
+    """So many that the forward kernel reads the prefix, and splits its keys."""
+    lengths = rng.integers(3, 40, 24).tolist()
+    q = normal(rng, (24, 3, 8, 64), "bfloat16")
+    (prefix,) = held(rng, "bfloat16", [4500], kv_heads=2)
+    pairs = held(rng, "bfloat16", lengths, kv_heads=2)
+    cache = paged(rng, pairs, block_size) if block_size else dense(pairs, 40)
+    options = {"cache_seqlens": ints(*lengths), "causal": True}
+    agrees(backend, q, prefix, cache, pairs, **options)
+    shorter = [rows[:3001] for rows in prefix]
+    agrees(backend, q, shorter, cache, pairs, **options, prefix_given=prefix, prefix_seqlen=ints(3001))
+
+
+@pytest.mark.backends("numpy", "cuda")
 @pytest.mark.parametrize(
     "names", [("sinks",), ("softcap",), ("sinks", "softcap", "causal"), ("negative_scale",)], ids="-".join
 )

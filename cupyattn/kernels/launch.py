@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -45,6 +45,44 @@ class Prepared:
         if self._grid[0]:
             argument = params.pack(operands, self._tail)
             enqueue(self._function, self._grid, self._block, argument, self._shared, stream)
+
+
+class PreparedSplits:
+    """The same where several blocks share the keys of a tile: attention over the parts, then their merge."""
+
+    __slots__ = ("problem", "plan", "kernel", "_attend", "_merge")
+
+    def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> None:
+        from ..states import Merge  # which leads back here
+        from .merge import PreparedMerge
+
+        self.problem = problem
+        self.plan = plan
+        self.kernel = kernel
+        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        strides = contiguous_row_strides(shape, False)
+        self._attend = Prepared(replace(problem, o_strides=strides), plan, kernel)
+        form = problem.dtype, plan.kv_splits, problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        self._merge = PreparedMerge(Merge(*form, strides, problem.o_strides, problem.out_alignment), device, True)
+
+    def __call__(self, operands: Operands, stream: int) -> None:
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
+        problem, splits = self.problem, self.plan.kv_splits
+        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        parts = empty(operands.q, (splits, *shape), "float32")
+        lses = empty(operands.q, (splits + 1, problem.batch, problem.num_heads, problem.seqlen_q), "float32")
+        if parts.library == "cupy":  # PyTorch keeps what was allocated for a graph by itself
+            keep_if_captured((parts, lses), stream)
+        self._attend(replace(operands, out=parts, lse=lses), stream)
+        row_bytes, lse_bytes = 4 * math.prod(shape), 4 * math.prod(lses.shape[1:])
+        outs = [parts.pointer + i * row_bytes for i in range(splits)]
+        ends = [lses.pointer + i * lse_bytes for i in range(splits + 1)]
+        lse = ends.pop() if operands.lse is None else operands.lse.pointer
+        self._merge(outs, ends[:splits], operands.out.pointer, lse, _no_scratch, stream)
+
+
+def _no_scratch(states: int) -> NoReturn:
+    raise AssertionError("all splits are merged in one round")
 
 
 class PreparedDecode:
@@ -98,7 +136,11 @@ class PreparedSteps:
     __slots__ = ("problem", "plan", "kernel", "_append", "_rotate", "_attend")
 
     def __init__(
-        self, problem: Problem, append: PreparedAppend | None, rotate: PreparedRotary | None, attend: Prepared
+        self,
+        problem: Problem,
+        append: PreparedAppend | None,
+        rotate: PreparedRotary | None,
+        attend: Prepared | PreparedSplits,
     ) -> None:
         self.problem = problem
         self.plan = attend.plan
@@ -127,7 +169,7 @@ class PreparedSteps:
 
 def prepare(
     problem: Problem, device: int, kernel: str = "auto", **insist: Any
-) -> Prepared | PreparedDecode | PreparedSteps:
+) -> Prepared | PreparedSplits | PreparedDecode | PreparedSteps:
     """Plan, compile (or find) and load. Raises ValueError where `kernel` cannot serve the problem on this device.
 
     `insist` goes to `plan`.
@@ -139,7 +181,9 @@ def prepare(
     loaded = jit.load(made.kernel, made.defines, described.arch, made.kernel, device, made.shared_bytes)
     if alone:
         return PreparedDecode(problem, made, loaded, device)
-    attend = Prepared(attended, made, loaded)
+    attend = (
+        PreparedSplits(attended, made, loaded, device) if made.kv_splits > 1 else Prepared(attended, made, loaded)
+    )
     if problem.append is None:
         return attend
     append = prepare_append(problem.append, device) if problem.append.total_new else None

@@ -25,13 +25,14 @@ class PreparedMerge:
 
     __slots__ = ("merge", "_rounds")
 
-    def __init__(self, merge: Merge, device: int) -> None:
+    def __init__(self, merge: Merge, device: int, from_float32: bool = False) -> None:
+        """from_float32: the states are contiguous float32 ones, whatever `merge` says of their dtype and strides."""
         self.merge = merge
         counts = [merge.states]
         while counts[-1] > MERGE_CAPACITIES[-1]:
             counts.append(-(-counts[-1] // MERGE_CAPACITIES[-1]))
         last = len(counts) - 1
-        self._rounds = [_Round(merge, count, i > 0, i < last, device) for i, count in enumerate(counts)]
+        self._rounds = [_Round(merge, count, from_float32 or i > 0, i < last, device) for i, count in enumerate(counts)]
 
     def __call__(
         self,

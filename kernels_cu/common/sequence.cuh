@@ -82,11 +82,10 @@ __device__ __forceinline__ Tile find_packed_tile(const ForwardParams& p, int til
     return found;
 }
 
-// The tile of this thread block. Tiles with the most keys under a causal mask (the last ones) come first, so
+// The tile of thread block `index`. Tiles with the most keys under a causal mask (the last ones) come first, so
 // that short ones fill the tail. Dense q walks one section of (sequence, head) pairs after the other.
-__device__ __forceinline__ Tile find_tile(const ForwardParams& p) {
+__device__ __forceinline__ Tile find_tile(const ForwardParams& p, u32 index) {
     const int heads = GROUP > 1 ? p.num_kv_heads : p.num_heads;
-    const u32 index = blockIdx.x;
 #if PACKED_Q
     Tile tile = find_packed_tile(p, index / heads);
     tile.head = index % heads;
