@@ -236,7 +236,9 @@ __device__ __forceinline__ Cursor find_share(const DecodeParams& p, u32 share) {
 }
 
 __device__ __forceinline__ UnitShares shares_of_unit(const Cursor& at, u32 share) {
-    return {share - at.part, static_cast<u32>(min(at.span.tiles, UNIT_SHARES)) - 1};
+    int tiles = at.span.tiles;
+    asm volatile("" : "+r"(tiles)); // at least 1: NVRTC 12.9 and 13.0 never finish if they see that, and that 2 is the most
+    return {share - at.part, static_cast<u32>(min(tiles, UNIT_SHARES)) - 1};
 }
 #else
 // By one warp: where every sequence lies, in shared memory.

@@ -188,6 +188,65 @@ def test_many_short_sequences_and_a_long_one(backend, rng):
     step(backend, normal(rng, (len(lengths), 1, 4, 64), "float16"), cache, cache_seqlens=ints(*lengths))
 
 
+# Of a single sequence each kv head is cut into as many shares as the chip has for it: from many down to one.
+@pytest.mark.parametrize("length", [0, 1, 33, 600])
+@pytest.mark.parametrize("kv_heads", [1, 8, 30, 44, 66, 100])
+def test_one_sequence(backend, rng, kv_heads, length):
+    """With fewer keys than shares among others, in a table that reaches far beyond them."""
+    cache = paged(rng, held(rng, "float16", [length], kv_heads=kv_heads), 16, capacity=2100)
+    step(backend, normal(rng, (1, 1, kv_heads, 64), "float16"), cache, cache_seqlens=ints(length))
+
+
+@pytest.mark.parametrize("capacity", [700, 2100, 9000])
+@pytest.mark.parametrize("heads", [4, 16, 32])
+def test_one_sequence_of_long_caches(backend, rng, heads, capacity):
+    """Clusters and blocks by themselves, one and several of them to a kv head; the same bits when called again."""
+    for length in (capacity - 37, 50):
+        cache = paged(rng, held(rng, "bfloat16", [length], head_dim=128), 16, capacity=capacity)
+        q = normal(rng, (1, 1, heads, 128), "bfloat16")
+        first = step(backend, q, cache, cache_seqlens=ints(length))
+        for one, other in zip(first, step(backend, q, cache, cache_seqlens=ints(length)), strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("names", [("window",), ("causal", "softcap", "alibi"), ("sinks", "causal")], ids="-".join)
+@pytest.mark.parametrize("block_size", [0, 3, 64], ids=["dense", "blocks of 3", "blocks of 64"])
+def test_one_sequence_with_features(backend, rng, block_size, names):
+    """New tokens and padding besides, and queries by the dozen."""
+    pairs = held(rng, "float16", [900])
+    cache = paged(rng, pairs, block_size, "HND", capacity=920) if block_size else dense(pairs, 920, [2])
+    for seqlen_q in (1, 13):
+        q, k, v = normal(rng, (1, seqlen_q, 8, 64), "float16"), *normal(rng, (2, 1, seqlen_q, 2, 64), "float16")
+        options = {"cache_seqlens": ints(900)} | features(rng, *names, batch=1, heads=8)
+        step(backend, q, cache, **options)
+        step(backend, q, cache, **options, k=k, v=v, **tables(rng, 920, 16, "float16"))
+        step(backend, q, cache, **options, cache_leftpad=ints(35))
+
+
+def test_one_sequence_in_fp8(backend, rng):
+    pairs = held(rng, "bfloat16", [1500], kv_dtype=FP8[0])
+    q, k, v = normal(rng, (1, 2, 8, 64), "bfloat16"), *normal(rng, (2, 1, 2, 2, 64), "bfloat16")
+    options = {"k": k, "v": v, "cache_seqlens": ints(1500), "causal": True, "kv_dtype": FP8[0]} | SCALES["heads"](2)
+    step(backend, q, paged(rng, pairs, 16, capacity=1600), **options)
+
+
+# Enough kv heads in all for a thread block to read several of a sequence's side by side.
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "seqlen_q"), [(64, 8, 8, 1), (64, 32, 8, 3), (130, 8, 8, 1), (150, 12, 6, 2)]
+)
+@pytest.mark.parametrize("block_size", [0, 16], ids=["dense", "paged"])
+def test_heads_side_by_side(backend, rng, block_size, batch, heads, kv_heads, seqlen_q):
+    lengths = [*rng.integers(0, 90, batch - 1).tolist(), 300]
+    pairs = held(rng, "float16", lengths, kv_heads=kv_heads)
+    layout = "HND" if heads > 8 else "NHD"
+    cache = paged(rng, pairs, block_size, layout, capacity=304) if block_size else dense(pairs, 304)
+    q = normal(rng, (batch, seqlen_q, heads, 64), "float16")
+    k, v = normal(rng, (2, batch, seqlen_q, kv_heads, 64), "float16")
+    options = {"cache_seqlens": ints(*lengths)}
+    step(backend, q, cache, **options, window=(70, 0))
+    step(backend, q, cache, **options, k=k, v=v, causal=True, **tables(rng, 304, 32, "float16"))
+
+
 @pytest.mark.parametrize(("batch", "seqlen_q", "rows"), [(0, 1, 7), (2, 0, 7), (2, 1, 0), (2, 4, 0)])
 def test_nothing_to_see(backend, rng, batch, seqlen_q, rows):
     cache = Cache(normal(rng, (2, batch, rows, 2, 64), "float16"), 0, {})

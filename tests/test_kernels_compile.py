@@ -100,6 +100,18 @@ def test_decode_with_append_and_rotary(arch, interleaved, kv_dtype):
         _compile(_step(head_dim, dtype="bfloat16", kv_dtype=kv_dtype, append=append, rotary=rotary), arch, "decode")
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 33, 44, 66, 132])
+def test_shares_of_a_single_sequence(kv_heads):
+    """132 multiprocessors share out the keys of each kv head, all of them to one down to one to each of them.
+
+    For two of them NVRTC 12.9 never finished, until the kernel hid from it what it made too much of.
+    """
+    step = dataclasses.replace(_step(128, batch=1, group=1), num_heads=kv_heads, num_kv_heads=kv_heads)
+    made = plan(step, DEVICES["90a"], "decode")
+    assert kv_heads < 33 or dict(made.defines)["UNIT_SHARES"] == 132 // kv_heads
+    _compile(step, "90a", "decode")
+
+
 def _step(head_dim: int, *, kind: str = "paged", block_size: int = 16, **changes) -> Problem:
     step = make_step(head_dim, **changes)
     cache = dataclasses.replace(step.cache, kind=kind, block_size=block_size if kind == "paged" else 0)
