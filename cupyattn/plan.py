@@ -163,15 +163,23 @@ DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared
 COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
-# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. On an H200 deeper rings are
-# slower (64 x 8k: 0.98 of the speed with 3 stages, 0.95 with 5; notebooks/results/decode_tiles.json, as for all of
-# decode here). In clusters fewer warps have fewer sums to merge.
-DECODE_SHAPES = ((2, 1, 8), (2, 2, 4), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
-CLUSTER_SHAPES = ((2, 2, 4), (2, 1, 4), (2, 1, 2), (2, 1, 1), (1, 1, 1))
-SPARE_WORKERS = 8  # of so many may one go without work, so that the others have as much as one another
+# (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. The figures here are of an
+# H200, and all of decode's are in notebooks/results/decode_tiles.json. Deeper rings are slower: 64 x 8k has 0.98 of the
+# speed with 3 stages, 0.95 with 5.
+DECODE_SHAPES = ((2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1))
+# Where several warps share a team's tiles, and there are units for twice as many workers, two blocks hide each other's
+# ends of units (256 x 1k, 16/1 heads: 1.03 times the speed); of fewer they double the parts to merge (128 x 2k: 0.93).
+TWO_BLOCKS = (2, 2, 4)
+# In clusters fewer warps have fewer sums to merge (1 x 1k, 32/8 heads: 8 warps have 0.88 of the speed). Without a limit
+# of the keys there is more to have on the way (1 x 64k, 16/1 heads: 1.07 times the speed).
+SHORT_CLUSTER_SHAPES = ((2, 2, 4), (2, 1, 4), (2, 1, 2), (2, 1, 1), (1, 1, 1))
+LONG_CLUSTER_SHAPES = ((4, 1, 4), *SHORT_CLUSTER_SHAPES)
+# Of so many workers may one go without work, so that the others have as much as one another: 64 x 8k has 1.02 times
+# the speed with 128 blocks that have whole units, beside 132 that have as many keys.
+SPARE_WORKERS = 8
 # Bytes of keys and values up to which merging within a cluster, and not through memory, gains more than the
-# multiprocessors cost that no cluster fills: 1.15 times the speed at 4 MB, 0.77 at 17 MB.
-SMALL_CACHE = 8 << 20
+# multiprocessors cost that no cluster fills: 1.15 times the speed at 4 MB, 0.97 at 8 MB, 0.77 at 17 MB.
+SMALL_CACHE = 6 << 20
 SIMT_TILE = Tile(64, 64, 8, 1)
 # (sequence, head) pairs of a dense batch that are worked on together. Under a mask the long tiles of all of them
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
@@ -179,10 +187,13 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 CAUSAL_SECTION = 16
 FULL_SECTION = 1
 # Blocks that share the keys of a tile, where tiles alone would leave multiprocessors idle: as many as run at once, two
-# to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read).
+# to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
+# an H200, 128 queries of 32/8 heads: 1.5 times the speed over 2k keys in 4 parts, 1.8 times over 4k, 3.2 over 64k.
 SPLIT_BLOCKS = 2
-PREFIX_ROWS = 128
-SPLIT_KEYS = 1024
+SPLIT_KEYS = 512
+# Query rows of a kv head from which a shared prefix is the forward kernel's: of 2k tokens it has 0.94 of decode's speed
+# with 64 rows and 1.3 times with 128, of 16k 1.8 and 1.9 times.
+PREFIX_ROWS = 64
 MOST_FORWARD_SPLITS = 64
 # Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
 # sm_100 on. A soft cap or ALiBi needs registers for each score, and there for each row: a warp then gets 16 rows.
@@ -407,7 +418,6 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
         ("WIDE_OFFSETS", int(_wide_offsets(problem))),
         ("GROUP", problem.group),
         ("KV_HEADS", problem.num_kv_heads),
-        ("WORKERS", workers),
         ("UNIT_SHARES", unit_shares),
         ("LEFTPAD", int(problem.leftpad)),
         ("PACKED_Q", 0),
@@ -455,7 +465,8 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
     rows = problem.seqlen_q * problem.group
     columns = _ceil_div(rows, 8)
     itemsize = problem.kv_itemsize
-    keys = 32 if padded_dim * itemsize <= 128 else 16
+    # Rows of few bytes make larger tiles, but not where a single sequence has few tiles to share (1 x 8k in FP8: 0.96).
+    keys = 32 if padded_dim * itemsize <= 128 and problem.batch > 1 else 16
     # Two warps with 8 rows each are faster than one with 16, whose registers leave little room to overlap anything
     # (256 x 1k, 16/1 heads: 1.18 times the speed), but where there is little to overlap: in clusters.
     team_warps = 1
@@ -468,12 +479,15 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
         if cluster > 1 and team_warps == columns == 2 and padded_dim <= 128:
             team_warps, row_tiles = 1, 2
         least = 4 if cluster == 1 else 8 * cluster
-        for stages, blocks, warps in CLUSTER_SHAPES if cluster > 1 else DECODE_SHAPES:
-            # Two blocks hide each other's ends of work; but where units are few, they double the parts to merge.
-            if warps < team_warps or (blocks > 1 and cluster == 1 and units < device.multiprocessors):
+        if cluster > 1:
+            shapes = SHORT_CLUSTER_SHAPES if rows <= 8 else LONG_CLUSTER_SHAPES
+        else:
+            shapes = (TWO_BLOCKS, *DECODE_SHAPES) if team_warps > 1 else DECODE_SHAPES
+        for stages, blocks, warps in shapes:
+            workers = device.clusters(cluster) * blocks
+            if warps < team_warps or (blocks > 1 and cluster == 1 and units < _fewest(workers)):
                 continue
             teams = warps // team_warps
-            workers = device.clusters(cluster) * blocks
             heads = _side_by_side(problem.num_kv_heads, teams, units, workers)
             tile = DecodeTile(teams, heads, team_warps, row_tiles, keys, stages, cluster, blocks, least)
             one_portion = _unit_shares(problem, tile, workers, units // heads) > 0
@@ -503,21 +517,25 @@ def _unit_shares(problem: Problem, tile: DecodeTile, workers: int, units: int) -
     shares, most = workers // units, _ceil_div(problem.cache.rows, tile.keys) // tile.least
     if shares > most:
         return max(most, 1)
-    return shares if units * shares >= workers - workers // SPARE_WORKERS else 0
+    return shares if units * shares >= _fewest(workers) else 0
 
 
 def _even_workers(workers: int, units: int) -> int:
     """As many workers as share units out evenly, if not too many are spared: where lengths are alike, each then has
     whole units, or each unit whole workers, and fewest results are left to merge."""
-    fewest = workers - workers // SPARE_WORKERS
-    even = (some for some in range(workers, fewest - 1, -1) if units and (units % some == 0 or some % units == 0))
+    even = (n for n in range(workers, _fewest(workers) - 1, -1) if units and (units % n == 0 or n % units == 0))
     return next(even, workers)
+
+
+def _fewest(workers: int) -> int:
+    """How many of these must have work."""
+    return workers - workers // SPARE_WORKERS
 
 
 def _side_by_side(num_kv_heads: int, teams: int, units: int, workers: int) -> int:
     """How many kv heads a worker's teams read side by side: as many as leave each worker a unit of its own."""
     heads = teams
-    while heads > 1 and (num_kv_heads % heads or units < heads * (workers - workers // SPARE_WORKERS)):
+    while heads > 1 and (num_kv_heads % heads or units < heads * _fewest(workers)):
         heads //= 2
     return heads
 

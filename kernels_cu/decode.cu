@@ -36,7 +36,7 @@
 //     sequences [batch] where each lies in the line and in the cache
 //
 // Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP KV_HEADS
-// CLUSTER BLOCKS WORKERS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
+// CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
 // LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
 // and TILE_M (the rows of a unit).
 
@@ -258,13 +258,8 @@ __device__ __forceinline__ void lay_line(const DecodeParams& p, const Shared& sh
 __device__ __forceinline__ Deal find_deal(const DecodeParams& p, const Shared& shared) {
     const u32 total = shared.sequences[p.batch - 1].end;
     Deal deal;
-    if (total >= WORKERS * LEAST_POSITIONS) {
-        deal.shares = WORKERS;
-        deal.each = total / WORKERS;
-    } else {
-        deal.shares = (total + LEAST_POSITIONS - 1) / LEAST_POSITIONS;
-        deal.each = total / deal.shares;
-    }
+    deal.shares = min(gridDim.x / CLUSTER, (total + LEAST_POSITIONS - 1) / LEAST_POSITIONS);
+    deal.each = total / deal.shares;
     deal.more = total - deal.each * deal.shares;
     return deal;
 }

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import CAUSAL, FULL, make_problem, make_step
 
-from cupyattn.plan import COUNTER_BYTES, DECODE_BATCH, DEVICES, KERNELS, effective_window, plan, warmup_variants
+from cupyattn.plan import (
+    COUNTER_BYTES,
+    DECODE_BATCH,
+    DEVICES,
+    KERNELS,
+    effective_window,
+    plan,
+    prefix_kernel,
+    warmup_variants,
+)
 
 
 @pytest.mark.parametrize("arch", DEVICES)
@@ -59,6 +68,7 @@ def test_decode_packs_the_group_and_prefill_does_not():
 
 def test_few_rows_take_small_tiles():
     few = make_problem(128, batch=1, seqlen_q=512, total_q=512, num_heads=8, num_kv_heads=8)
+    few = dataclasses.replace(few, cache=dataclasses.replace(few.cache, rows=512))  # too few keys to share out
     assert plan(few, DEVICES["90a"]).tile_rows == 64
     assert plan(make_problem(128), DEVICES["90a"]).tile_rows == 128
 
@@ -153,6 +163,56 @@ def test_few_units_are_merged_in_clusters_only_where_chips_have_them():
     assert plan(few, DEVICES["90a"]).cluster > 1
     assert plan(few, DEVICES["80"]).cluster == 1
     assert plan(make_step(128), DEVICES["90a"]).cluster == 1
+
+
+def test_decode_shares_out_whole_units_where_there_are_enough():
+    """Side by side as many kv heads as leave a unit to each worker; not many of these go without."""
+    device = DEVICES["90a"]
+    for batch, heads, grid in ((16, 1, 128), (32, 2, 128), (64, 4, 128), (128, 8, 128), (256, 8, 128), (17, 1, 132)):
+        made = plan(make_step(128, batch=batch), device)
+        defines = dict(made.defines)
+        assert (defines["HEAD_TEAMS"], defines["HEAD_TEAMS"] * defines["KEY_TEAMS"], made.grid) == (heads, 8, grid)
+    for arch, device in DEVICES.items():
+        if device.capability >= 80:
+            for batch in range(1, 70):
+                made = plan(make_step(64, batch=batch), device)
+                assert made.grid >= device.multiprocessors * 7 // 8 - 8, (arch, batch)
+
+
+def test_a_single_sequence_is_cut_by_constants():
+    """Every unit in as many shares, of which no length need be known; not where the caller says how many."""
+    shares = {rows: dict(plan(make_step(128, batch=1, rows=rows), DEVICES["90a"]).defines)["UNIT_SHARES"]
+              for rows in (512, 1024, 2048, 2**20)}  # fmt: skip
+    assert shares == {512: 1, 1024: 1, 2048: 16, 2**20: 16}
+    assert dict(plan(make_step(128, batch=1, num_splits=3), DEVICES["90a"]).defines)["UNIT_SHARES"] == 0
+    odd = plan(make_step(128, batch=1, group=1), dataclasses.replace(DEVICES["90a"], multiprocessors=15))
+    assert dict(odd.defines)["UNIT_SHARES"] == 0 and odd.grid == 15
+
+
+def test_the_forward_kernel_splits_keys_where_rows_are_few():
+    def splits(rows, keys, **changes):
+        problem = make_problem(128, packed_q=False, batch=1, seqlen_q=rows, total_q=rows, window=FULL, **changes)
+        problem = dataclasses.replace(problem, cache=dataclasses.replace(problem.cache, rows=keys))
+        made = plan(problem, DEVICES["90a"], "forward_sm80")
+        assert dict(made.defines)["KV_SPLITS"] == made.kv_splits and made.grid % made.kv_splits == 0
+        assert (made.kv_splits > 1) == any("share the keys of a tile" in reason for reason in made.reasons)
+        return made.kv_splits
+
+    assert splits(64, 32768) == 16 and splits(64, 2**20) == 16  # 16 tiles fill the chip with as many splits
+    assert splits(64, 2048) == 4 and splits(64, 1000) == 1
+    assert splits(4096, 32768) == 1 and splits(64, 32768, sinks=True) == 1
+    assert splits(64, 32768, num_splits=3) == 3 and splits(4096, 32768, num_splits=1000) == 64
+    assert plan(make_problem(128, "paged", window=FULL), DEVICES["90a"]).kv_splits == 1  # packed by cu_seqlens
+
+
+def test_who_reads_a_shared_prefix():
+    device = DEVICES["90a"]
+    assert prefix_kernel(make_step(128, batch=15), device, False) == "decode"
+    assert prefix_kernel(make_step(128, batch=16), device, False) == "forward_sm80"
+    assert prefix_kernel(make_step(128), device, True) == "decode"
+    assert prefix_kernel(make_step(128, kv_dtype="float8_e4m3fn"), device, False) == "decode"
+    assert prefix_kernel(make_step(128), DEVICES["75"], False) == "auto"
+    assert prefix_kernel(make_step(128, dtype="float32", kv_dtype="float32"), device, False) == "auto"
 
 
 def test_places_in_the_line_count_in_32_bits():
