@@ -188,7 +188,7 @@ CAUSAL_SECTION = 16
 FULL_SECTION = 1
 # Blocks that share the keys of a tile, where tiles alone would leave multiprocessors idle: as many as run at once, two
 # to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
-# an H200, 128 queries of 32/8 heads: 1.5 times the speed over 2k keys in 4 parts, 1.8 times over 4k, 3.2 over 64k.
+# an H200, 128 queries of 32/8 heads: 1.5 times the speed over 2k keys in 4 parts, 1.9 times over 4k, 3.2 over 64k in 8.
 SPLIT_BLOCKS = 2
 SPLIT_KEYS = 512
 # Query rows of a kv head from which a shared prefix is the forward kernel's: of 2k tokens it has 0.94 of decode's speed

@@ -1,22 +1,25 @@
 // Attention of a few queries over long caches, split over the whole chip, in one launch, from sm_80 on.
 //
-// All keys of the batch form one line: sequence by sequence, kv head by kv head, tile by tile of TILE_N keys. Workers
-// (thread blocks, or clusters of CLUSTER of them) take equal shares of that line, so that one long sequence among
-// short ones costs no tail (stream-K, arXiv:2301.03598). Every warp works out the shares from the lengths on the
-// device; the host plans nothing. The tiles that a worker has of one (sequence, kv head) are a *portion*.
+// All keys of the batch form one line: sequence by sequence, HEAD_TEAMS kv heads by as many, tile by tile of TILE_N keys.
+// A sequence's tiles under some heads are a *unit*. Workers (thread blocks, or clusters of CLUSTER of them) take equal
+// shares of that line, so that one long sequence among short ones costs no tail (stream-K, arXiv:2301.03598). Every warp
+// works out the shares from the lengths on the device; the host plans nothing. The tiles that a worker has of one unit
+// are a *portion*. Of a single sequence each unit is in UNIT_SHARES shares, which take its tiles in turns.
 //
-// Within a worker, teams of TEAM_WARPS warps take the tiles of a portion in turn. A team
+// Within a worker there are HEAD_TEAMS times KEY_TEAMS teams of TEAM_WARPS warps: for each head as many, which take the
+// tiles of a portion in turns. Heads read side by side are adjacent in memory, which reads such rows faster. A team
 // has a ring of STAGES tiles of its own, filled by cp.async STAGES tiles ahead and across portions, so that memory
-// never waits for arithmetic. (Hopper's bulk copies do not pay: each row of a head would be one, and a warp issues them
-// one after the other.) It computes with the keys as rows of the matrix product and 8 ROW_TILES
-// queries as columns: the whole group of query heads that share a kv head, and every new token of them:
+// never waits for arithmetic. (Hopper's bulk copies do not pay: of single rows a warp issues one after the other, and
+// rows of eight heads at once come without the swizzle; padded instead, they arrive more slowly.) It computes with the
+// keys as rows of the matrix product and 8 ROW_TILES queries as columns: the whole group of query heads that share a kv
+// head, and every new token of them:
 //
 //     S^T = K Q^T          16 keys x 8 queries; Q stays in registers
 //     m, l = maximum and sum over keys    (one vote a tile: a maximum is raised only when it must be)
 //     O^T += V^T P^T       P^T comes from S^T by movmatrix, without shared memory
 //
-// At the end of a portion the teams' results are merged: first those of a block, then those of a cluster through
-// distributed shared memory, each block taking its slice of the rows. If the portion is the whole of the sequence, that
+// At the end of a portion the teams' results are merged: first those of a block, then those of a cluster, whose blocks
+// send each other slices of them through distributed shared memory. If the portion is the whole of the unit, that
 // is the result. Otherwise the slice goes to the workspace, and the last worker to arrive merges it with those
 // of the others in their order in the line, whoever came first: results do not depend on timing.
 //
@@ -35,9 +38,9 @@
 //     sent      [2][CLUSTER] sums of this block's slice, from every block of the cluster; of two portions in turns
 //     sequences [batch] where each lies in the line and in the cache
 //
-// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS ROW_BLOCKS GROUP KV_HEADS
-// CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND
-// LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS
+// ROW_BLOCKS GROUP KV_HEADS CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS
+// CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
 // and TILE_M (the rows of a unit).
 
 #include "common/types.cuh"
