@@ -37,6 +37,7 @@ from .arrays import (
 from .kernels.operands import AppendOperands, Operands
 from .problem import (
     ITEMSIZE,
+    SCALE_ROLES,
     Append,
     Problem,
     check_indices,
@@ -278,10 +279,11 @@ def attention_with_kvcache(
     tokens, and are attended to as well. A call that is refused leaves the cache as it was. cache_seqlens is not
     changed. Masks, `out`, `kernel` and `check` are as in `attention` and `attention_varlen`.
 
-    The arguments are those of flash_attn_with_kvcache in the flash_attn package, version 2.8. On CUDA a step of few
-    queries reads long caches in pieces that run side by side and are merged by their lse, which is Flash-Decoding (Dao,
-    Haziza, Massa and Sizov 2023). Rotary embedding is RoFormer's (Su et al. 2021, arXiv:2104.09864), the FP8 formats
-    are those of Micikevicius et al. 2022 (arXiv:2209.05433).
+    The arguments are those of flash_attn_with_kvcache in the flash_attn package, version 2.8, by name only, with window
+    for window_size and return_lse for return_softmax_lse. On CUDA a step of few queries reads long caches in pieces
+    that run side by side and are merged by their lse, which is Flash-Decoding (Dao, Haziza, Massa and Sizov 2023).
+    Rotary embedding is RoFormer's (Su et al. 2021, arXiv:2104.09864), the FP8 formats are those of Micikevicius et al.
+    2022 (arXiv:2209.05433).
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
@@ -301,13 +303,14 @@ def attention_with_kvcache(
             entries is batch. Appending needs distinct entries.
         cache_leftpad: int32 (batch,), how many rows at the start of each sequence are padding that nobody sees.
         block_table: int32 (batch, max_blocks): token n of sequence b is row n % block_size of block
-            block_table[b, n // block_size].
+            block_table[b, n // block_size]. Sequences may share blocks that nobody appends to.
         kv_dtype: "float8_e4m3fn" (or "e4m3") or "float8_e5m2" ("e5m2") for an FP8 cache given as its bytes, in uint8
             arrays; not needed where the library has the dtype, as torch and ml_dtypes have. q, k and v are then
             float16 or bfloat16 (on the CPU float32 too).
         k_scale, v_scale: with an FP8 cache, what its keys and values are to be multiplied with: a number, or a float32
-            array of shape () or (1,), or (kv_heads,) for one each. New rows are divided by it, rounded to nearest even,
-            and stored as at most the largest number of the format.
+            array of shape () or (1,), or (kv_heads,) for one each; finite and above 0, which of an array is checked as
+            the contents of index arrays are. New rows are divided by it, rounded to nearest even, and stored as at
+            most the largest number of the format.
         num_splits: into how many pieces at most each sequence's keys are cut on CUDA; 0 for what suits the GPU.
 
     Returns:
@@ -803,11 +806,11 @@ def checking(check: bool | None, device: int) -> bool:
 def index_contents(
     operands: Operands | AppendOperands, batch: int, lengths_name: str = "seqused_k"
 ) -> dict[str, np.ndarray]:
-    """Host arrays of the index arrays, by role; lengths_name is that of lengths. On CUDA this waits for the device."""
+    """Host arrays of index arrays and scales, by role; lengths_name is that of lengths. On CUDA this has to wait."""
     arrays = {}
     if operands.uniform_length is not None:
         arrays["cache_seqlens"] = np.full(batch, operands.uniform_length, np.int32)
-    for role in INDEX_ROLES:
+    for role in (*INDEX_ROLES, *SCALE_ROLES):
         found = getattr(operands, role, None)
         if found is not None:
             arrays[lengths_name if role == "seqused_k" else role] = host_array(found)

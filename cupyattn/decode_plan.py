@@ -185,7 +185,7 @@ class DecodePlan:
 
     @property
     def kernel(self) -> str:
-        """The kernel's name: "decode", or "numpy" on the CPU; "none" where there is no query."""
+        """The kernel's name: "decode", or a forward kernel where decode cannot be; "numpy" on the CPU."""
         return "numpy" if self._forms[0].device < 0 else "none" if self.plan is None else self.plan.kernel
 
     def __repr__(self) -> str:

@@ -62,7 +62,7 @@ class Explanation:
     reasons: tuple[str, ...]
     shape: str
     flops: int  # of the products Q K^T and P V, over the (query, key) pairs that no mask hides
-    bytes: int  # q, the keys and values in use, out and lse, each counted once
+    bytes: int  # q, the keys and values that some query sees, out and lse, each counted once
     tile: str | None = None
     grid: int | None = None  # thread blocks
     threads: int | None = None  # of a block
@@ -209,7 +209,8 @@ def explain(
     seqlens_q, seqlens_k = _lengths(problem, contents)
     pairs = sum(_visible_pairs(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
     flops = 4 * pairs * problem.num_heads * problem.head_dim
-    moved = _moved_bytes(problem, int(seqlens_k.sum()))
+    seen = sum(_keys_seen(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
+    moved = _moved_bytes(problem, seen)
     if device is None and operands.q.device >= 0:
         from .kernels.launch import describe_device
 
@@ -309,6 +310,14 @@ def _visible_pairs(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int
     return int(np.maximum(end - begin, 0).sum())
 
 
+def _keys_seen(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int:
+    """How many keys of one sequence some query sees: up to the last, from `left` before the first query's own on."""
+    left = window[0]
+    if not seqlen_q:
+        return 0
+    return seqlen_k - max(seqlen_k - seqlen_q - left, 0) if left >= 0 else seqlen_k
+
+
 def _moved_bytes(problem: Problem, keys: int) -> int:
     rows = problem.total_q * problem.num_heads
     lse = 4 * rows if problem.lse else 0
@@ -336,6 +345,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def _time(seconds: float) -> str:
+    if 0 < seconds < 1e-7:
+        return "under 0.1 us"
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 

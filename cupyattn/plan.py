@@ -340,7 +340,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         return "decode", "FP8 caches are read by decode alone"
     if obstacle:
         return "forward_simt", obstacle
-    return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores"
+    instead = f", not decode: {no_decode}" if no_decode and problem.seqlen_q <= MOST_DECODE_QUERIES else ""
+    return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores{instead}"
 
 
 def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
@@ -387,15 +388,19 @@ def _plan_decode(problem: Problem, device: Device, why: str, tile: DecodeTile | 
     workers = units * unit_shares or _even_workers(workers, units)
     window = effective_window(problem)
     who = f"{workers} thread blocks" if tile.cluster == 1 else f"{workers} clusters of {tile.cluster} thread blocks"
-    reasons.append(
-        f"{who} share all keys evenly, in tiles of {tile.keys}, {tile.teams * tile.stages} of a block on the way"
-    )
+    ahead = tile.teams * tile.stages
+    reasons.append(f"{who} share all keys evenly, in tiles of {tile.keys}; each block has {ahead} tiles on their way")
+    if workers < device.clusters(tile.cluster) * tile.blocks:
+        reasons.append("there could be more, but so many have as much work as one another where lengths are alike")
+    if tile.heads > 1:
+        reasons.append(f"a block reads the keys of {tile.heads} kv heads side by side")
     if problem.group > 1:
         reasons.append(f"the {problem.group} query heads of a group share a read of their keys")
     if row_blocks > 1:
         reasons.append(f"{rows} query rows of a kv head make {row_blocks} units, each of which reads its keys")
     if problem.append is not None:
-        reasons.append("new keys and values are rotated, stored and attended to in this one launch")
+        turned = "rotated, stored" if problem.rotary is not None else "stored"
+        reasons.append(f"new keys and values are {turned} and attended to in this one launch")
     rotary = problem.rotary
     defines = (
         ("DTYPE", DTYPE_CODES[problem.dtype]),
@@ -608,7 +613,8 @@ def warmup_variants(
     arch: str, head_dims: tuple[int, ...] = (64, 128), dtypes: tuple[str, ...] = ("float16", "bfloat16")
 ) -> list[tuple[str, Defines]]:
     """The variants that a first session usually meets, for compiling ahead: prefill of dense and packed batches,
-    full and causal, and prefill and decode against a paged cache of 16-row blocks with 4 query heads to a kv head."""
+    full and causal, and prefill and decode against a paged cache of 16-row blocks with 4 query heads to each of 8 kv
+    heads; decode for every size of batch that makes another kernel on the device that `DEVICES` names."""
     device = DEVICES[arch]
     found: dict[tuple[str, Defines], None] = {}
     for dtype in dtypes:
@@ -646,8 +652,7 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
         problem(False, "dense", 4096, causal),
         problem(True, "packed", 4096, causal),
         problem(True, "paged", 4096, causal),
-        problem(False, "paged", 1, full),
-        problem(False, "paged", 1, full, batch=1),
+        *(problem(False, "paged", 1, full, batch=batch) for batch in (1, 8, 32, 64, 128)),
     ]
 
 

@@ -418,14 +418,22 @@ def describe_append(
     )
 
 
+SCALE_ROLES = ("k_scale", "v_scale")
+
+
 def check_indices(problem: Problem | Append, arrays: Mapping[str, np.ndarray]) -> None:
     """Check the contents of the index arrays (host copies) against a problem; raises ValueError.
 
     Keys: cu_seqlens_q, cu_seqlens_k, cu_seqlens_new, seqused_k or cache_seqlens (complaints use the name that
-    came), block_table, cache_batch_idx, cache_leftpad; absent ones are skipped. On a device this costs a
-    synchronisation, so callers ask for it.
+    came), block_table, cache_batch_idx, cache_leftpad, and the scales k_scale and v_scale; absent ones are skipped. On
+    a device this costs a synchronisation, so callers ask for it.
     """
     appending = isinstance(problem, Append)
+    for name in SCALE_ROLES:
+        numbers = np.ravel(arrays.get(name, ()))
+        if len(bad := np.flatnonzero(~((numbers > 0) & np.isfinite(numbers)))):
+            refuse(name, f"{numbers[bad[0]]} at [{bad[0]}]", "finite numbers above 0")
+    arrays = {name: values for name, values in arrays.items() if name not in SCALE_ROLES}
     if not appending and problem.append is not None:
         check_indices(problem.append, arrays)
     arrays = {name: values.astype(np.int64) for name, values in arrays.items()}  # differences of int32 can overflow
@@ -630,7 +638,7 @@ def _cache_kind(name: str, view: View, like: View, like_name: str, kv_dtype: str
     fp8 = kv_dtype in FP8_DTYPES
     if view.dtype != kv_dtype and not (fp8 and view.dtype == "uint8"):
         if fp8:
-            refuse(name, view.dtype, f"uint8 or {kv_dtype}, as the cache is {kv_dtype}", TypeError)
+            refuse(name, view.dtype, f"uint8 or {kv_dtype}, as kv_dtype says", TypeError)
         hint = ", or kv_dtype='float8_e4m3fn' or 'float8_e5m2' for a cache of FP8" if view.dtype == "uint8" else ""
         refuse(name, view.dtype, f"{like_name}'s dtype {like.dtype}{hint}", TypeError)
     _same_device(name, view, like)

@@ -748,6 +748,12 @@ REFUSED = {
         {"k_scale": array(4, dtype="float32")},
         r"k_scale: got shape \(4,\), expected \(\)",
     ),
+    "scales of 0": (
+        FP8[0],
+        {"k_scale": np.array([1, 0], np.float32)},
+        r"k_scale: got 0.0 at \[1\], expected finite numbers above 0",
+    ),
+    "scale that is no number": (FP8[1], {"v_scale": np.array(np.nan, np.float32)}, r"v_scale: got nan at \[0\]"),
     "scales with gaps": (FP8[0], {"k_scale": every_other(4, dtype="float32")}, "k_scale: got strides"),
     "rows of 32 bits": (
         FP8[0],

@@ -36,6 +36,22 @@ def test_bytes_count_each_operand_once():
     assert found.bytes == 2 * q.nbytes + k.nbytes + v.nbytes + 4 * 2 * 8 * 96
 
 
+@pytest.mark.parametrize(("window", "seen"), [((10, 0), 106), ((-1, 0), 160), ((0, 0), 96), ((200, -1), 160)])
+def test_bytes_count_the_keys_that_some_query_sees(window, seen):
+    q, k, v = arrays()
+    assert cupyattn.explain(q, k, v, window=window).bytes == 2 * q.nbytes + (k.nbytes + v.nbytes) * seen // 160
+
+
+def test_reasons_say_what_decode_does_and_why_it_is_not_taken():
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+
+    def reasons(batch):
+        return " ".join(cupyattn.explain(*arrays(batch=batch, seqlen_q=1, kv_heads=8), arch="90").reasons)
+
+    assert "side by side" not in reasons(1) and "4 kv heads side by side" in reasons(64)
+    assert "not decode: decode keeps the lengths of at most 2048" in reasons(3000)
+
+
 def test_only_keys_in_use_count():
     q, k, v = arrays(seqlen_q=1)
     half, whole = (cupyattn.explain(q, k, v, cache_seqlens=used) for used in (80, 160))

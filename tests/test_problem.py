@@ -469,7 +469,7 @@ def test_fp8_is_for_caches():
         describe(**DENSE | {"k": fp8, "v": fp8})
     with refused("q", "float8_e5m2", "float16 or bfloat16 or float32", TypeError):
         describe(**DENSE | {"q": array(2, 5, 8, 64, dtype=np.dtype("float8_e5m2"))})
-    with refused("v", "float16", "uint8 or float8_e5m2, as the cache is float8_e5m2", TypeError):
+    with refused("v", "float16", "uint8 or float8_e5m2, as kv_dtype says", TypeError):
         describe(**DENSE | {"k": fp8}, k_name="k_cache", k_scale=1, v_scale=1)
     with refused("q", "float32", "float16 or bfloat16 beside an FP8 cache on CUDA", TypeError):
         on_cuda = [moved(array(2, 5, 8, 64, **FLOAT32), device=0), *[moved(fp8, device=0)] * 2]

@@ -60,7 +60,10 @@ def explain(
         ),
     ] = None,
     kernel: Annotated[
-        str, typer.Option("--kernel", metavar="NAME", help="auto, forward_sm80, forward_simt, numpy or numpy_float64.")
+        str,
+        typer.Option(
+            "--kernel", metavar="NAME", help="auto, decode, forward_sm80, forward_simt, numpy or numpy_float64."
+        ),
     ] = "auto",
     arch: Annotated[
         str | None, typer.Option("--arch", metavar="ARCH", help=HELP, show_default="the GPU here, or NumPy")
