@@ -138,7 +138,7 @@ class Plan:
     reasons: tuple[str, ...]  # why, in sentences
     cluster: int = 1  # blocks that work on one share of the keys
     row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
-    workspace_bytes: int = 0  # decode: for the sums of keys that several workers share
+    workspace_bytes: int = 0  # for the sums of keys that several blocks share, behind decode's counters
     kv_splits: int = 1  # forward_sm80: blocks that share the keys of a tile, whose results are then merged
 
 
@@ -172,7 +172,7 @@ DECODE_SHAPES = ((2, 1, 8), (2, 1, 4), (2, 1, 2), (1, 1, 8), (2, 1, 1), (1, 1, 1
 TWO_BLOCKS = (2, 2, 4)
 # In clusters fewer warps have fewer sums to merge (1 x 1k, 32/8 heads: 8 warps have 0.88 of the speed). Without a limit
 # of the keys there is more to have on the way (1 x 64k, 16/1 heads: 1.07 times the speed).
-SHORT_CLUSTER_SHAPES = ((2, 2, 4), (2, 1, 4), (2, 1, 2), (2, 1, 1), (1, 1, 1))
+SHORT_CLUSTER_SHAPES = ((2, 2, 4), (2, 1, 4), (2, 1, 2), (2, 1, 1), (1, 1, 1), (2, 1, 8), (1, 1, 8))
 LONG_CLUSTER_SHAPES = ((4, 1, 4), *SHORT_CLUSTER_SHAPES)
 # Of so many workers may one go without work, so that the others have as much as one another: 64 x 8k has 1.02 times
 # the speed with 128 blocks that have whole units, beside 132 that have as many keys.
@@ -186,7 +186,7 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
 FULL_SECTION = 1
-# Blocks that share the keys of a tile, where tiles alone would leave multiprocessors idle: as many as run at once, two
+# Blocks that share the keys of a tile, where tiles leave half of the multiprocessors idle: as many as run at once, two
 # to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
 # an H200, 128 queries of 32/8 heads: 1.5 times the speed over 2k keys in 4 parts, 1.9 times over 4k, 3.2 over 64k in 8.
 SPLIT_BLOCKS = 2
@@ -233,7 +233,7 @@ def plan(
         padded = _round_up(problem.head_dim, 16)
         splits = _most_splits(problem)
         if tile is None:
-            tile, group, reason = _choose_tile(problem, device, padded, typical_rows, splits)
+            tile, group, reason = _choose_tile(problem, device, padded, typical_rows, splits > 1)
         else:
             group, reason = _packed_group(problem, tile.rows, typical_rows), "the caller insists on the tile"
         reasons = [why, reason]
@@ -256,14 +256,16 @@ def plan(
             pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
         pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
-        if splits > 1 and not problem.num_splits and grid:
-            splits = max(1, min(splits, SPLIT_BLOCKS * device.multiprocessors // grid))
+        splits = min(splits, SPLIT_BLOCKS * device.multiprocessors // grid) if _leaves_idle(grid, device) else 1
         if masked:
             reasons.append(
                 f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
             )
+    workspace_bytes = 0
     if splits > 1:
         grid *= splits
+        rows = problem.total_q * problem.num_heads
+        workspace_bytes = COUNTER_BYTES + 4 * rows * (splits * problem.head_dim + splits + 1)
         reasons.append(f"{splits} blocks share the keys of a tile, and a second kernel merges what they find")
     if grid >= 2**31:
         refuse(
@@ -284,8 +286,14 @@ def plan(
         tiles_per_sequence=tiles_per_sequence,
         pairs_per_section=pairs_per_section,
         reasons=tuple(reasons),
+        workspace_bytes=workspace_bytes,
         kv_splits=splits,
     )
+
+
+def _leaves_idle(blocks: int, device: Device) -> bool:
+    """Whether so many blocks leave half of the multiprocessors without work."""
+    return 0 < 2 * blocks <= device.multiprocessors
 
 
 def _most_splits(problem: Problem) -> int:
@@ -507,7 +515,7 @@ def _choose_decode_tile(problem: Problem, device: Device, padded_dim: int) -> De
 
 def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
     """Blocks of a cluster: where units are few, each is split over many blocks, which then merge without memory."""
-    if device.capability < 90:
+    if device.capability < 90 or not device.clusters(8):
         return 1
     if problem.seqlen_q * problem.group > 8:
         return 8 if units <= 4 else 1
@@ -517,11 +525,11 @@ def _choose_cluster(problem: Problem, device: Device, units: int) -> int:
 
 def _unit_shares(problem: Problem, tile: DecodeTile, workers: int, units: int) -> int:
     """Shares of each unit of a single sequence; 0 where there are more, or too many workers would go without."""
-    if problem.batch != 1 or problem.num_splits:
+    if problem.batch != 1 or problem.num_splits or not units:
         return 0
     shares, most = workers // units, _ceil_div(problem.cache.rows, tile.keys) // tile.least
     if shares > most:
-        return max(most, 1)
+        return 1 << most.bit_length() - 1 if most else 1  # a cache that grows is not to make ever new kernels
     return shares if units * shares >= _fewest(workers) else 0
 
 
@@ -657,7 +665,7 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
 
 
 def _choose_tile(
-    problem: Problem, device: Device, padded_dim: int, typical_rows: int, splits: int
+    problem: Problem, device: Device, padded_dim: int, typical_rows: int, may_split: bool
 ) -> tuple[Tile, int, str]:
     shaped = bool(problem.softcap or problem.alibi)
     large, small = (_fitting(table, padded_dim, device, shaped) for table in (LARGE_TILES, SMALL_TILES))
@@ -667,7 +675,9 @@ def _choose_tile(
     if rows <= small.rows < large.rows:
         reason = f"{rows} rows fill one tile of {small.rows}"
         return small, _packed_group(problem, small.rows, typical_rows), reason
-    blocks = _ceil_div(rows, large.rows) * problem.batch * heads * splits
+    blocks = _ceil_div(rows, large.rows) * problem.batch * heads
+    if may_split and _leaves_idle(blocks, device):
+        return large, group, f"{large.rows} x {large.keys} is the largest tile, of which {blocks} take all rows"
     if blocks < device.multiprocessors and small.rows < large.rows:
         reason = f"tiles of {large.rows} rows would make {blocks} blocks for {device.multiprocessors} multiprocessors"
         return small, _packed_group(problem, small.rows, typical_rows), reason
@@ -737,8 +747,8 @@ def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool
         ("WARPS", tile.warps),
         ("STAGES", tile.stages),
         ("LOAD_BYTES", problem.alignment),
-        ("STORE_BYTES", problem.out_alignment),
-        ("KV_SPLITS", splits),
+        ("STORE_BYTES", problem.out_alignment if splits == 1 else 4),
+        ("KV_SPLITS", int(splits > 1)),
     )
 
 

@@ -3,8 +3,8 @@
 // All keys of the batch form one line: sequence by sequence, HEAD_TEAMS kv heads by as many, tile by tile of TILE_N keys.
 // A sequence's tiles under some heads are a *unit*. Workers (thread blocks, or clusters of CLUSTER of them) take equal
 // shares of that line, so that one long sequence among short ones costs no tail (stream-K, arXiv:2301.03598). Every warp
-// works out the shares from the lengths on the device; the host plans nothing. The tiles that a worker has of one unit
-// are a *portion*. Of a single sequence each unit is in UNIT_SHARES shares, which take its tiles in turns.
+// works out the shares from the lengths on the device, of which the host knows nothing. The tiles that a worker has of
+// one unit are a *portion*. Of a single sequence each unit is in UNIT_SHARES shares, which take its tiles in turns.
 //
 // Within a worker there are HEAD_TEAMS times KEY_TEAMS teams of TEAM_WARPS warps: for each head as many, which take the
 // tiles of a portion in turns. Heads read side by side are adjacent in memory, which reads such rows faster. A team
@@ -40,8 +40,8 @@
 //
 // Compile-time values: DTYPE KV_DTYPE HEAD_DIM TILE_N HEAD_TEAMS KEY_TEAMS TEAM_WARPS STAGES ROW_TILES USED_ROWS
 // ROW_BLOCKS GROUP KV_HEADS CLUSTER BLOCKS UNIT_SHARES LEFTPAD WIDE_OFFSETS POSITION_TILES SPLITS LEAST_POSITIONS
-// CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0)
-// and TILE_M (the rows of a unit).
+// CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST APPEND LOAD_BYTES STORE_BYTES; of common/rotary.cuh ROTARY
+// ROTARY_DIM ROTARY_FLOAT32; and for common/sequence.cuh PACKED_Q (0) and TILE_M (the rows of a unit).
 
 #include "common/types.cuh"
 #include "common/decode_params.cuh"
@@ -81,6 +81,7 @@ constexpr int PARTS_AT_ONCE = 16;            // of other workers, on the way fro
 
 static_assert(TILE_N % 16 == 0 && TILE_N <= WARP_SIZE, "a lane looks up the block of each key of a tile");
 static_assert(TILE_M == ROWS, "rows of a unit");
+static_assert(KV_HEADS % HEAD_TEAMS == 0, "every unit has as many heads");
 
 // What the block knows of a sequence: every warp needs it at each new portion, and memory is busy then.
 struct Sequence {
@@ -158,6 +159,8 @@ __device__ __forceinline__ Span find_span(const DecodeParams& p, int length) {
     Span span;
     span.begin = first / TILE_N;
     span.tiles = max(ceil_div(max(end, 0), TILE_N) - span.begin, 1);
+    // NVRTC 12.9 and 13.0 never finish where they know that this is at least 1 and see it bounded by 2.
+    asm volatile("" : "+r"(span.tiles));
     span.size = SPLITS ? max(POSITION_TILES, ceil_div(span.tiles, p.num_splits)) : POSITION_TILES;
     span.positions = ceil_div(span.tiles, span.size);
     return span;
@@ -216,7 +219,7 @@ __device__ __forceinline__ void prefetch_table(const DecodeParams& p, int first_
     constexpr int MOST_LINES = 4096;
     const int lines = ceil_div(p.cache_rows / BLOCK_SIZE, LINE_ENTRIES);
     const int index = blockIdx.x * (THREADS - first_thread) + threadIdx.x - first_thread;
-    if (index >= lines * p.batch || lines * p.batch > MOST_LINES) return;
+    if (lines > MOST_LINES / p.batch || index >= lines * p.batch) return;
     const int sequence = p.batch == 1 ? 0 : index / lines;
     prefetch(p.block_table + static_cast<i64>(sequence) * p.table_stride + (index - sequence * lines) * LINE_ENTRIES);
 #endif
@@ -239,9 +242,7 @@ __device__ __forceinline__ Cursor find_share(const DecodeParams& p, u32 share) {
 }
 
 __device__ __forceinline__ UnitShares shares_of_unit(const Cursor& at, u32 share) {
-    int tiles = at.span.tiles;
-    asm volatile("" : "+r"(tiles)); // at least 1: NVRTC 12.9 and 13.0 never finish if they see that, and that 2 is the most
-    return {share - at.part, static_cast<u32>(min(tiles, UNIT_SHARES)) - 1};
+    return {share - at.part, static_cast<u32>(min(at.span.tiles, UNIT_SHARES)) - 1};
 }
 #else
 // By one warp: where every sequence lies, in shared memory.
@@ -569,6 +570,7 @@ __device__ __forceinline__ void fill_ring(const DecodeParams& p, const Shared& s
 // Wait until the oldest of `pending` tiles has arrived.
 __device__ __forceinline__ void wait_tile(u32 pending) {
     if (pending == STAGES) wait_copies<STAGES - 1>();
+    else if (STAGES > 3 && pending == 3) wait_copies<2>();
     else if (pending == 2) wait_copies<1>();
     else wait_copies<0>();
 }

@@ -15,8 +15,8 @@
 // The running maximum is raised only when some row's new one exceeds it by 2^RESCALE_BITS: until then P is at
 // most 2^RESCALE_BITS, which 16-bit operands hold, and O needs no correction.
 //
-// Where there are few rows and many keys, KV_SPLITS blocks share the keys of a tile. Each leaves its rows as if its keys
-// were all there are, in float32, as those of a sequence `batch` further on; merge_states puts them together.
+// Where there are few rows and many keys (KV_SPLITS), p.kv_splits blocks share the keys of a tile. Each leaves its rows as
+// if its keys were all there are, in float32, as those of a sequence `batch` further on; merge_states puts them together.
 //
 // Shared memory (dynamic, rows of PADDED_DIM 16-bit elements, swizzled as common/copy.cuh says):
 //     Q  [TILE_M]           reused for the output tile
@@ -25,7 +25,7 @@
 // and, static, what the block knows of its work (Work): the main loop leaves no registers for it.
 //
 // Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N WARPS STAGES GROUP PACKED_Q CACHE_KIND BLOCK_SIZE
-// MASK SOFTCAP ALIBI SCALE_FIRST LOAD_BYTES STORE_BYTES KV_SPLITS (1: none).
+// MASK SOFTCAP ALIBI SCALE_FIRST LOAD_BYTES STORE_BYTES KV_SPLITS.
 
 #include "common/types.cuh"
 #include "common/params.cuh"
@@ -297,7 +297,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Tile& 
             const RowResult result = finish_row(p, at.exists ? at.head : 0, state.maximum[m][h] * unit, row_sum(state.sum[m][h]), poison);
 #pragma unroll
             for (int d = 0; d < D_TILES; ++d) {
-                if constexpr (KV_SPLITS > 1) {
+                if constexpr (KV_SPLITS) {
                     float* to = reinterpret_cast<float*>(p.out) + query_offset(p.o_strides, tile, at);
                     if (at.exists) store_pair(to, 8 * d + threadIdx.x % 4 * 2, state.out[m][d][2 * h] * result.scale, state.out[m][d][2 * h + 1] * result.scale);
                     continue;
@@ -348,7 +348,7 @@ struct Work {
 
 __device__ __forceinline__ Work find_work(const ForwardParams& p) {
     Work work;
-    work.tile = find_tile(p, blockIdx.x / KV_SPLITS);
+    work.tile = find_tile(p, KV_SPLITS ? blockIdx.x / p.kv_splits : blockIdx.x);
     if (work.tile.sequence < 0) return work;
     const Tile& tile = work.tile;
     const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
@@ -363,11 +363,11 @@ __device__ __forceinline__ Work find_work(const ForwardParams& p) {
     work.end = ceil_div(max(last_sees.end, 0), TILE_N);
     work.whole_begin = ceil_div(last_sees.begin, TILE_N);
     work.whole_end = max(first_sees.end, 0) / TILE_N;
-    if constexpr (KV_SPLITS > 1) {
-        const int split = blockIdx.x % KV_SPLITS, begin = work.begin;
+    if constexpr (KV_SPLITS) {
+        const int split = blockIdx.x % p.kv_splits, begin = work.begin;
         const i64 tiles = max(work.end - begin, 0);
-        work.begin = begin + static_cast<int>(tiles * split / KV_SPLITS);
-        work.end = begin + static_cast<int>(tiles * (split + 1) / KV_SPLITS);
+        work.begin = begin + static_cast<int>(tiles * split / p.kv_splits);
+        work.end = begin + static_cast<int>(tiles * (split + 1) / p.kv_splits);
     }
     return work;
 }
@@ -444,9 +444,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
 
     wait_copies<0>();
     __syncthreads(); // whoever met a bad block id has said so
-    if constexpr (KV_SPLITS > 1) {
+    if constexpr (KV_SPLITS) {
         Tile place = work.tile;
-        place.sequence += blockIdx.x % KV_SPLITS * p.batch;
+        place.sequence += blockIdx.x % p.kv_splits * p.batch;
         finish_rows(p, place, state, unit, work.keys.bad, shared.q);
         return;
     }

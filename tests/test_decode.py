@@ -245,6 +245,15 @@ def test_heads_side_by_side(backend, rng, block_size, batch, heads, kv_heads, se
     options = {"cache_seqlens": ints(*lengths)}
     step(backend, q, cache, **options, window=(70, 0))
     step(backend, q, cache, **options, k=k, v=v, causal=True, **tables(rng, 304, 32, "float16"))
+    step(backend, q, cache, **options, **features(rng, "softcap", "batch_alibi", "sinks", batch=batch, heads=heads))
+
+
+def test_heads_side_by_side_in_fp8(backend, rng):
+    lengths = rng.integers(0, 90, 64).tolist()
+    cache = paged(rng, held(rng, "bfloat16", lengths, kv_heads=8, kv_dtype=FP8[0]), 16, capacity=96)
+    q, k, v = normal(rng, (64, 1, 32, 64), "bfloat16"), *normal(rng, (2, 64, 1, 8, 64), "bfloat16")
+    options = {"k": k, "v": v, "cache_seqlens": ints(*lengths), "kv_dtype": FP8[0]} | SCALES["heads"](8)
+    step(backend, q, cache, **options)
 
 
 @pytest.mark.parametrize(("batch", "seqlen_q", "rows"), [(0, 1, 7), (2, 0, 7), (2, 1, 0), (2, 4, 0)])

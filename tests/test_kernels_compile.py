@@ -1,11 +1,22 @@
 """Every kernel family compiles for every supported chip, without spills, within the chip's shared memory. No GPU."""
 
 import dataclasses
+import faulthandler
 
 import pytest
-from problems import FULL, NO_STRIDES, make_problem, make_step
+from problems import CAUSAL, FULL, NO_STRIDES, make_problem, make_step
 
-from cupyattn.plan import DEVICES, MERGE_CAPACITIES, STATIC_SHARED, Defines, plan, plan_append, plan_merge, plan_rotary
+from cupyattn.plan import (
+    DEVICES,
+    MERGE_CAPACITIES,
+    STATIC_SHARED,
+    DecodeTile,
+    Defines,
+    plan,
+    plan_append,
+    plan_merge,
+    plan_rotary,
+)
 from cupyattn.problem import Append, Problem, Rotary
 from cupyattn.rotary import Rotation
 from cupyattn.states import Merge
@@ -100,16 +111,47 @@ def test_decode_with_append_and_rotary(arch, interleaved, kv_dtype):
         _compile(_step(head_dim, dtype="bfloat16", kv_dtype=kv_dtype, append=append, rotary=rotary), arch, "decode")
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 33, 44, 66, 132])
-def test_shares_of_a_single_sequence(kv_heads):
-    """132 multiprocessors share out the keys of each kv head, all of them to one down to one to each of them.
+@pytest.fixture
+def in_time():
+    """Ends the process if a test takes minutes: NVRTC 12.9 never finished some kernels, until these hid from it what it
+    made too much of."""
+    faulthandler.dump_traceback_later(180, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
-    For two of them NVRTC 12.9 never finished, until the kernel hid from it what it made too much of.
-    """
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 33, 44, 66, 132])
+def test_shares_of_a_single_sequence(kv_heads, in_time):
+    """132 multiprocessors share out the keys of each kv head, all of them to one down to one to each of them."""
     step = dataclasses.replace(_step(128, batch=1, group=1), num_heads=kv_heads, num_kv_heads=kv_heads)
     made = plan(step, DEVICES["90a"], "decode")
     assert kv_heads < 33 or dict(made.defines)["UNIT_SHARES"] == 132 // kv_heads
     _compile(step, "90a", "decode")
+
+
+@pytest.mark.parametrize("teams", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rows", "shares"), [(64, 1), (128, 2), (256, 4)])
+@pytest.mark.parametrize("cluster", [1, 8])
+def test_few_shares_and_few_teams(cluster, rows, shares, teams, in_time):
+    tile = DecodeTile(teams, 1, 1, 1, 16, 2, cluster, 1, 4)
+    for window in (FULL, CAUSAL):
+        step = _step(128, batch=1, group=1, rows=rows, window=window)
+        step = dataclasses.replace(step, num_heads=1, num_kv_heads=1)
+        made = plan(step, DEVICES["90a"], "decode", decode_tile=tile)
+        assert dict(made.defines)["UNIT_SHARES"] == shares and dict(made.defines)["KEY_TEAMS"] == teams
+        found = compile.compile_cubin("decode", made.defines, "90a")
+        assert not found.spill_bytes
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", [33, 128, 256])
+@pytest.mark.parametrize("changes", [{}, {"softcap": 30.0, "alibi": "heads", "window": (100, 0)}], ids=str)
+def test_tensor_core_kernel_of_split_keys(arch, head_dim, changes):
+    dense = {"packed_q": False, "batch": 1, "seqlen_q": 70, "total_q": 70, "num_heads": 4, "num_kv_heads": 4}
+    dense |= {"num_splits": 4, "window": FULL}
+    problem = make_problem(head_dim, "paged", **dense | changes)
+    assert dict(plan(problem, DEVICES[arch], "forward_sm80").defines)["KV_SPLITS"] == 1
+    _compile(problem, arch, "forward_sm80")
 
 
 def _step(head_dim: int, *, kind: str = "paged", block_size: int = 16, **changes) -> Problem:

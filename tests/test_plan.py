@@ -172,9 +172,13 @@ def test_decode_shares_out_whole_units_where_there_are_enough():
         made = plan(make_step(128, batch=batch), device)
         defines = dict(made.defines)
         assert (defines["HEAD_TEAMS"], defines["HEAD_TEAMS"] * defines["KEY_TEAMS"], made.grid) == (heads, 8, grid)
+    for kv_heads, group, batch, seqlen_q in ((8, 1, 64, 1), (8, 4, 64, 3), (8, 1, 130, 1), (6, 2, 150, 2)):
+        step = make_step(64, batch=batch, group=group, seqlen_q=seqlen_q)  # as in tests/test_decode.py
+        step = dataclasses.replace(step, num_heads=kv_heads * group, num_kv_heads=kv_heads)
+        assert dict(plan(step, device).defines)["HEAD_TEAMS"] > 1
     for arch, device in DEVICES.items():
         if device.capability >= 80:
-            for batch in range(1, 70):
+            for batch in range(1, 70):  # and never so few that a chip stands still
                 made = plan(make_step(64, batch=batch), device)
                 assert made.grid >= device.multiprocessors * 7 // 8 - 8, (arch, batch)
 
@@ -184,6 +188,8 @@ def test_a_single_sequence_is_cut_by_constants():
     shares = {rows: dict(plan(make_step(128, batch=1, rows=rows), DEVICES["90a"]).defines)["UNIT_SHARES"]
               for rows in (512, 1024, 2048, 2**20)}  # fmt: skip
     assert shares == {512: 1, 1024: 1, 2048: 16, 2**20: 16}
+    growing = [make_step(128, batch=1, group=16, rows=rows) for rows in range(16, 9000, 16)]
+    assert len({plan(step, DEVICES["80"]).defines for step in growing}) <= 8
     assert dict(plan(make_step(128, batch=1, num_splits=3), DEVICES["90a"]).defines)["UNIT_SHARES"] == 0
     odd = plan(make_step(128, batch=1, group=1), dataclasses.replace(DEVICES["90a"], multiprocessors=15))
     assert dict(odd.defines)["UNIT_SHARES"] == 0 and odd.grid == 15
@@ -194,14 +200,16 @@ def test_the_forward_kernel_splits_keys_where_rows_are_few():
         problem = make_problem(128, packed_q=False, batch=1, seqlen_q=rows, total_q=rows, window=FULL, **changes)
         problem = dataclasses.replace(problem, cache=dataclasses.replace(problem.cache, rows=keys))
         made = plan(problem, DEVICES["90a"], "forward_sm80")
-        assert dict(made.defines)["KV_SPLITS"] == made.kv_splits and made.grid % made.kv_splits == 0
+        assert dict(made.defines)["KV_SPLITS"] == (made.kv_splits > 1) and made.grid % made.kv_splits == 0
+        assert (made.workspace_bytes > COUNTER_BYTES) == (made.kv_splits > 1)
         assert (made.kv_splits > 1) == any("share the keys of a tile" in reason for reason in made.reasons)
         return made.kv_splits
 
     assert splits(64, 32768) == 16 and splits(64, 2**20) == 16  # 16 tiles fill the chip with as many splits
     assert splits(64, 2048) == 4 and splits(64, 1000) == 1
     assert splits(4096, 32768) == 1 and splits(64, 32768, sinks=True) == 1
-    assert splits(64, 32768, num_splits=3) == 3 and splits(4096, 32768, num_splits=1000) == 64
+    assert splits(64, 32768, num_splits=3) == 3 and splits(64, 1000, num_splits=1000) == 16
+    assert splits(4096, 32768, num_splits=1000) == 1 and splits(512, 32768) == 1  # tiles enough
     assert plan(make_problem(128, "paged", window=FULL), DEVICES["90a"]).kv_splits == 1  # packed by cu_seqlens
 
 

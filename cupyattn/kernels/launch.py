@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import jit
 from ..arrays import View, current_stream, empty
-from ..plan import Device, Plan, choose_kernel, plan, plan_append
+from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, plan, plan_append
 from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
 from .operands import AppendOperands, Operands
@@ -50,7 +50,7 @@ class Prepared:
 class PreparedSplits:
     """The same where several blocks share the keys of a tile: attention over the parts, then their merge."""
 
-    __slots__ = ("problem", "plan", "kernel", "_attend", "_merge")
+    __slots__ = ("problem", "plan", "kernel", "_device", "_attend", "_merge")
 
     def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> None:
         from ..states import Merge  # which leads back here
@@ -59,6 +59,7 @@ class PreparedSplits:
         self.problem = problem
         self.plan = plan
         self.kernel = kernel
+        self._device = device
         shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
         strides = contiguous_row_strides(shape, False)
         self._attend = Prepared(replace(problem, o_strides=strides), plan, kernel)
@@ -68,17 +69,17 @@ class PreparedSplits:
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         problem, splits = self.problem, self.plan.kv_splits
+        memory = workspace(self._device, stream, self.plan.workspace_bytes).pointer + COUNTER_BYTES
         shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
-        parts = empty(operands.q, (splits, *shape), "float32")
-        lses = empty(operands.q, (splits + 1, problem.batch, problem.num_heads, problem.seqlen_q), "float32")
-        if parts.library == "cupy":  # PyTorch keeps what was allocated for a graph by itself
-            keep_if_captured((parts, lses), stream)
-        self._attend(replace(operands, out=parts, lse=lses), stream)
-        row_bytes, lse_bytes = 4 * math.prod(shape), 4 * math.prod(lses.shape[1:])
-        outs = [parts.pointer + i * row_bytes for i in range(splits)]
-        ends = [lses.pointer + i * lse_bytes for i in range(splits + 1)]
-        lse = ends.pop() if operands.lse is None else operands.lse.pointer
-        self._merge(outs, ends[:splits], operands.out.pointer, lse, _no_scratch, stream)
+        lse_shape = problem.batch, problem.num_heads, problem.seqlen_q
+        outs = [memory + 4 * i * math.prod(shape) for i in range(splits)]
+        behind = memory + 4 * splits * math.prod(shape)
+        lses = [behind + 4 * i * math.prod(lse_shape) for i in range(splits + 1)]
+        spare = lses.pop()
+        parts, ends = replace(operands.out, pointer=outs[0]), replace(operands.out, pointer=lses[0])
+        self._attend(replace(operands, out=parts, lse=ends), stream)
+        lse = spare if operands.lse is None else operands.lse.pointer
+        self._merge(outs, lses, operands.out.pointer, lse, _no_scratch, stream)
 
 
 def _no_scratch(states: int) -> NoReturn:

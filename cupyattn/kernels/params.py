@@ -11,7 +11,7 @@ from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
 POINTERS = struct.Struct("<13Qq")
-SCALARS = struct.Struct("<13q13i2f4x")
+SCALARS = struct.Struct("<13q13i2fi")
 
 
 def scalars(problem: Problem, plan: Plan) -> bytes:
@@ -37,6 +37,7 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
         plan.pairs_per_section,
         problem.softmax_scale,
         problem.softcap,
+        plan.kv_splits,
     )
 
 

@@ -16,6 +16,7 @@ __device__ __forceinline__ int cluster_rank() {
 // All threads of all blocks, in two halves: what was written before arriving is seen after waiting.
 __device__ __forceinline__ void cluster_arrive() {
 #if CLUSTER > 1
+    __syncwarp(); // what is aligned wants whole warps
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }

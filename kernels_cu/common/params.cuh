@@ -42,4 +42,5 @@ struct ForwardParams {
     int pairs_per_section;         // dense q: (sequence, head) pairs that are worked on together
     float softmax_scale;
     float softcap;
+    int kv_splits;                 // KV_SPLITS: blocks that share the keys of a tile
 };
