@@ -12,6 +12,7 @@ from __future__ import annotations
 from .attention import append_kv, attention, attention_varlen, attention_with_kvcache
 from .decode_plan import DecodePlan
 from .explain import Explanation, explain
+from .prefill_plan import PrefillPlan
 from .ragged import RaggedArray
 from .rotary import apply_rotary
 from .shared_prefix import attention_with_shared_prefix
@@ -20,6 +21,7 @@ from .states import merge_states
 __all__ = [
     "DecodePlan",
     "Explanation",
+    "PrefillPlan",
     "RaggedArray",
     "append_kv",
     "apply_rotary",

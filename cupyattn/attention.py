@@ -14,7 +14,7 @@ import numbers
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -53,7 +53,7 @@ from .streams import device_of, in_order
 Array = Any  # an array of NumPy, CuPy, PyTorch, JAX, or of any library that speaks DLPack
 
 CPU_KERNELS = ("auto", "numpy", "numpy_float64")
-CUDA_KERNELS = ("auto", "decode", "forward_sm80", "forward_simt")
+CUDA_KERNELS = ("auto", "decode", "forward_sm90", "forward_sm80", "forward_simt")
 CHECK_VARIABLE = "CUPYATTN_CHECK"
 CACHE_NAMES = ("k_cache", "v_cache", "cache_seqlens")  # what attention_with_kvcache calls k, v and seqused_k
 # The options of calls without a cache: kv_dtype, k_scale, v_scale, rotary_interleaved, num_splits.
@@ -99,8 +99,8 @@ def attention(
         sinks: float32 (heads,), one more logit for each head, that takes its share of the softmax and adds no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         out: an array of q's shape and dtype to write into, apart in memory from q, k and v.
-        kernel: "auto", or on CUDA "decode", "forward_sm80" or "forward_simt", on the CPU "numpy" or "numpy_float64"
-            (computes in, and returns, float64).
+        kernel: "auto", or on CUDA "decode", "forward_sm90", "forward_sm80" or "forward_simt", on the CPU "numpy" or
+            "numpy_float64" (computes in, and returns, float64).
         check: check the contents of index arrays; of no effect here, where there are none.
 
     Returns:
@@ -218,9 +218,7 @@ def attention_varlen(
             kernel=kernel,
             check=check,
         )
-        values, *lse = results if return_lse else (results,)
-        packed = _ragged_result(values, q, out)
-        return (packed, *lse) if lse else packed
+        return ragged_results(results, q, out)
     operands = Operands(
         view(q, "q"),
         view(k, "k"),
@@ -886,6 +884,31 @@ def share_cu_seqlens(operands: Operands) -> None:
     operands.cu_seqlens_k = operands.cu_seqlens_q
 
 
+def form_of_call(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array | None,
+    block_table: Array | None,
+    only_varlen: Mapping[str, Any],
+    only_cached: Mapping[str, Any],
+) -> str:
+    """Which function takes such arguments: "attention", "attention_varlen" or "attention_with_kvcache".
+
+    The mappings are of arguments that only one of them takes, by name; what does not fit together is refused.
+    """
+    varlen = cu_seqlens_q is not None or RaggedArray in (type(q), type(k), type(v))
+    for name, given in (only_cached if varlen else only_varlen).items():
+        if given is not None and varlen:
+            refuse(name, "given together with cu_seqlens_q", "None: attention_varlen does not take it")
+        if given is not None:
+            refuse(name, "given without cu_seqlens_q", "None: only attention_varlen takes it")
+    if varlen:
+        return "attention_varlen"
+    cached = any(given is not None for given in (*only_cached.values(), block_table))
+    return "attention_with_kvcache" if cached else "attention"
+
+
 def unpack_ragged(
     q: Array | RaggedArray,
     k: Array | RaggedArray,
@@ -913,10 +936,16 @@ def _unpack(array: Array | RaggedArray, name: str, ends: Array | None, ends_name
     return array.values, array.cu_seqlens
 
 
-def _ragged_result(values: Array, q: Array | RaggedArray, out: Array | RaggedArray | None) -> Array | RaggedArray:
+def ragged_results(
+    results: Array | tuple[Array, Array], q: Array | RaggedArray, out: Array | RaggedArray | None
+) -> Array | RaggedArray | tuple[Array | RaggedArray, Array]:
+    """The results of a call on packed values as the caller receives them: a RaggedArray if q or `out` is one."""
+    if isinstance(results, tuple):
+        values, lse = results
+        return ragged_results(values, q, out), lse
     if type(out) is RaggedArray:
         return out
-    return q.with_values(values) if type(q) is RaggedArray else values
+    return q.with_values(results) if type(q) is RaggedArray else results
 
 
 def check_results(operands: Operands, out_dtype: str, names: tuple[str, str, str]) -> None:

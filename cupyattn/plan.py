@@ -20,7 +20,7 @@ Defines = tuple[tuple[str, int], ...]
 
 DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 CACHE_CODES = {"dense": 0, "packed": 1, "paged": 2}
-KERNELS = ("forward_sm80", "forward_simt", "decode")
+KERNELS = ("forward_sm90", "forward_sm80", "forward_simt", "decode")
 UNBOUNDED = -1
 
 
@@ -83,6 +83,36 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperTile:
+    """The shape of one thread block's work in forward_sm90: so many computing warpgroups, and one that loads."""
+
+    consumers: int
+    keys: int  # per step
+    stages: int  # buffers of K, and of V
+    query_stages: int  # buffers of Q
+    out_columns: int  # of the output that lie in shared memory on their way to memory
+
+    @property
+    def rows(self) -> int:
+        """Query rows, where no heads are packed into them."""
+        return PRODUCT_ROWS * self.consumers
+
+    @property
+    def warps(self) -> int:
+        return 4 * (self.consumers + 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
+        return (40, 232) if self.consumers == 2 else (32, 160)
+
+    def shared_bytes(self, head_dim: int) -> int:
+        columns = _round_up(head_dim, BLOCK_COLUMNS)
+        rows = self.query_stages * self.rows + 2 * self.stages * self.keys
+        return (rows * columns + self.rows * self.out_columns) * 2 + SWIZZLE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeTile:
     """How the warps of one thread block share work in decode, and how many blocks form a worker."""
 
@@ -139,7 +169,10 @@ class Plan:
     cluster: int = 1  # blocks that work on one share of the keys
     row_blocks: int = 1  # decode: units of rows that the queries of one kv head make
     workspace_bytes: int = 0  # for the sums of keys that several blocks share, behind decode's counters
-    kv_splits: int = 1  # forward_sm80: blocks that share the keys of a tile, whose results are then merged
+    kv_splits: int = 1  # forward kernels: blocks that share the keys of a tile, whose results are then merged
+    total_tiles: int = 0  # forward_sm90: that its blocks take in turn
+    query_box: tuple[int, int] = (0, 0)  # forward_sm90: heads of a group and tokens that one copy brings
+    key_box: int = 0  # forward_sm90: rows of the cache that one copy brings
 
 
 # Tiles in order of preference, by the largest padded head dimension that they serve: the first of which two
@@ -156,6 +189,18 @@ SMALL_TILES = (
     (64, (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1))),
     (128, (Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1))),
     (256, (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 2, 1))),
+)
+PRODUCT_ROWS = 64  # of one warpgroup's product on Hopper
+BLOCK_COLUMNS = 64  # of a tile's rows, which lie side by side
+SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
+SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
+# Tiles of forward_sm90 by the largest head dimension that they serve: without a mask, and with one.
+HOPPER_TILES = (
+    (64, HopperTile(3, 128, 2, 2, 64), HopperTile(3, 128, 2, 2, 64)),
+    (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
+    (128, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
+    (192, HopperTile(2, 96, 2, 1, 64), HopperTile(2, 96, 2, 1, 64)),
+    (256, HopperTile(2, 64, 2, 1, 128), HopperTile(2, 64, 2, 1, 128)),
 )
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
@@ -207,14 +252,14 @@ def plan(
     problem: Problem,
     device: Device,
     kernel: str = "auto",
-    tile: Tile | None = None,
+    tile: Tile | HopperTile | None = None,
     pairs_per_section: int | None = None,
     decode_tile: DecodeTile | None = None,
 ) -> Plan:
     """Choose kernel, tile and grid for one problem on one device.
 
     kernel: "auto", or one of `KERNELS` to insist; ValueError when it cannot serve the problem there.
-    tile, pairs_per_section: insist on these for forward_sm80, as `cupyattn bench --tiles` does to compare them;
+    tile, pairs_per_section: insist on these for a forward kernel, as `cupyattn bench --tiles` does to compare them;
     decode_tile for decode.
     """
     name, why = choose_kernel(problem, device, kernel)
@@ -229,6 +274,14 @@ def plan(
         group = _packed_group(problem, tile.rows, typical_rows)
         reasons = [why]
         shared = 0
+    elif name == "forward_sm90":
+        splits = _most_splits(problem)
+        if tile is None:
+            tile = next(pair for limit, *pair in HOPPER_TILES if problem.head_dim <= limit)[masked]
+        group = _packed_group(problem, tile.rows, typical_rows)
+        group = group if group <= PRODUCT_ROWS else 1
+        reasons = [why]
+        shared = tile.shared_bytes(problem.head_dim)
     else:
         padded = _round_up(problem.head_dim, 16)
         splits = _most_splits(problem)
@@ -241,43 +294,50 @@ def plan(
     if group > 1:
         reasons.append(f"the {group} query heads of a group share a tile, so their keys are read once")
 
+    rows = tile.rows // PRODUCT_ROWS * (PRODUCT_ROWS // group * group) if name == "forward_sm90" else tile.rows
     heads = problem.num_kv_heads if group > 1 else problem.num_heads
     pairs = problem.batch * heads
     if problem.packed_q:
         # An upper bound that needs no lengths: full tiles, and one more for each sequence and for rows behind the last.
         tiles_per_sequence, pairs_per_section = 0, 1
-        grid = (problem.total_q * group // tile.rows + problem.batch + 1) * heads
+        grid = (problem.total_q * group // rows + problem.batch + 1) * heads
         reasons.append(
             "lengths stay on the device: the grid covers any split of the rows, and spare blocks leave at once"
         )
     else:
-        tiles_per_sequence = _ceil_div(problem.seqlen_q * group, tile.rows)
+        tiles_per_sequence = _ceil_div(problem.seqlen_q * group, rows)
         if pairs_per_section is None:
             pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
         pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
-        splits = min(splits, SPLIT_BLOCKS * device.multiprocessors // grid) if _leaves_idle(grid, device) else 1
+        most = (1 if name == "forward_sm90" else SPLIT_BLOCKS) * device.multiprocessors // max(grid, 1)
+        splits = min(splits, most) if _leaves_idle(grid, device) else 1
         if masked:
             reasons.append(
                 f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
             )
-    workspace_bytes = 0
+    workspace_bytes = COUNTER_BYTES if name == "forward_sm90" else 0
     if splits > 1:
         grid *= splits
-        rows = problem.total_q * problem.num_heads
-        workspace_bytes = COUNTER_BYTES + 4 * rows * (splits * problem.head_dim + splits + 1)
+        results = problem.total_q * problem.num_heads
+        workspace_bytes = COUNTER_BYTES + 4 * results * (splits * problem.head_dim + splits + 1)
         reasons.append(f"{splits} blocks share the keys of a tile, and a second kernel merges what they find")
     if grid >= 2**31:
         refuse(
             "q", f"{problem.total_q} rows of {heads} heads, which take {grid} thread blocks", "at most 2**31 - 1 blocks"
         )
+    total_tiles, query_box, key_box = 0, (0, 0), 0
+    if name == "forward_sm90":
+        total_tiles, query_box, key_box = grid, (group, PRODUCT_ROWS // group), _box_rows(problem, tile.keys)
+        grid = min(grid, device.multiprocessors)
+        reasons.append(f"{grid} blocks stay and take {total_tiles} tiles in turn")
     return Plan(
         kernel=name,
         defines=_defines(problem, name, tile, group, masked, splits),
         grid=grid,
         threads=tile.warps * 32,
         shared_bytes=shared,
-        tile_rows=tile.rows,
+        tile_rows=rows,
         tile_keys=tile.keys,
         warps=tile.warps,
         stages=tile.stages,
@@ -288,6 +348,9 @@ def plan(
         reasons=tuple(reasons),
         workspace_bytes=workspace_bytes,
         kv_splits=splits,
+        total_tiles=total_tiles,
+        query_box=query_box,
+        key_box=key_box,
     )
 
 
@@ -338,6 +401,9 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         refuse("kernel", "'decode'", f"'auto': {no_decode}")
     if kernel not in ("auto", "decode") and fp8:
         refuse("kernel", repr(kernel), "'auto' or 'decode', which alone reads FP8 caches")
+    no_hopper = obstacle or _hopper_obstacle(problem, device)
+    if kernel == "forward_sm90" and no_hopper:
+        refuse("kernel", "'forward_sm90'", f"'auto' or another kernel: {no_hopper}")
     if kernel == "forward_sm80" and obstacle:
         refuse("kernel", "'forward_sm80'", f"'auto' or 'forward_simt': {obstacle}")
     if kernel != "auto":
@@ -349,7 +415,36 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
     if obstacle:
         return "forward_simt", obstacle
     instead = f", not decode: {no_decode}" if no_decode and problem.seqlen_q <= MOST_DECODE_QUERIES else ""
+    if not no_hopper:
+        return "forward_sm90", f"{problem.dtype} on sm_{device.arch} takes wgmma and the copy engine{instead}"
+    if device.capability == 90:
+        instead += f", not forward_sm90: {no_hopper}"
     return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores{instead}"
+
+
+def _hopper_obstacle(problem: Problem, device: Device) -> str:
+    """Why forward_sm90 cannot serve this problem there, or ""."""
+    cache = problem.cache
+    if device.capability != 90:
+        return f"sm_{device.arch} is no Hopper"
+    if problem.head_dim % 8 or problem.head_dim > HOPPER_TILES[-1][0]:
+        return f"its head dimensions are multiples of 8 up to {HOPPER_TILES[-1][0]}"
+    if problem.alignment < 16 or problem.out_alignment < 16:
+        return "the copy engine wants rows at multiples of 16 bytes"
+    if not cache.entries or not cache.rows:
+        return "there are no keys"
+    if cache.kind == "paged" and problem.leftpad:
+        return "left padding shifts rows against the blocks of a paged cache"
+    if cache.kind == "paged" and cache.block_size % SMALLEST_BOX:
+        return f"blocks of {cache.block_size} rows are no multiple of {SMALLEST_BOX}"
+    if min(*problem.q_strides, *problem.o_strides, *cache.k_strides, *cache.v_strides) < 0:
+        return "the copy engine knows no negative strides"
+    return ""
+
+
+def _box_rows(problem: Problem, keys: int) -> int:
+    """Rows of a tile of keys that one copy brings: all, or as many as lie in one block of a paged cache."""
+    return math.gcd(keys, problem.cache.block_size) if problem.cache.kind == "paged" else keys
 
 
 def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
@@ -723,11 +818,12 @@ def _typical_rows(problem: Problem) -> int:
     return problem.seqlen_q
 
 
-def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool, splits: int) -> Defines:
+def _defines(problem: Problem, kernel: str, tile: Tile | HopperTile, group: int, masked: bool, splits: int) -> Defines:
+    hopper = kernel == "forward_sm90"
     common = (
         ("DTYPE", DTYPE_CODES[problem.dtype]),
         ("HEAD_DIM", problem.head_dim),
-        ("TILE_M", tile.rows),
+        ("TILE_M", tile.consumers * (PRODUCT_ROWS // group * group) if hopper else tile.rows),
         ("TILE_N", tile.keys),
         ("GROUP", group),
         ("PACKED_Q", int(problem.packed_q)),
@@ -741,6 +837,25 @@ def _defines(problem: Problem, kernel: str, tile: Tile, group: int, masked: bool
         return (*common, ("SCALE_FIRST", 1))
     # A scale of 0 or less would turn the running maximum of unscaled scores into a minimum.
     scale_first = bool(problem.alibi) or problem.softmax_scale <= 0
+    if hopper:
+        producer, consumer = tile.registers
+        # Rows behind the last key are zeros where the array ends there, else whatever memory holds.
+        ragged = problem.cache.kind != "dense" or problem.seqused_k or problem.leftpad
+        return (
+            *common,
+            ("SCALE_FIRST", int(scale_first)),
+            ("CONSUMERS", tile.consumers),
+            ("STAGES", tile.stages),
+            ("QUERY_STAGES", tile.query_stages),
+            ("OUT_BLOCKS", tile.out_columns // BLOCK_COLUMNS),
+            ("BOX_ROWS", _box_rows(problem, tile.keys)),
+            ("LEFT", int(effective_window(problem)[0] != UNBOUNDED)),
+            ("RAGGED_KEYS", int(ragged)),
+            ("PRODUCER_REGISTERS", producer),
+            ("CONSUMER_REGISTERS", consumer),
+            ("LOAD_BYTES", 16),
+            ("KV_SPLITS", int(splits > 1)),
+        )
     return (
         *common,
         ("SCALE_FIRST", int(scale_first)),

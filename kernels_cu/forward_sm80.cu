@@ -30,6 +30,7 @@
 #include "common/types.cuh"
 #include "common/params.cuh"
 #include "common/sequence.cuh"
+#include "common/key_tiles.cuh"
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "common/copy.cuh"
@@ -342,33 +343,17 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const Tile& t
 struct Work {
     Tile tile;
     Keys keys;
-    int begin, end;             // tiles of keys that any row sees
-    int whole_begin, whole_end; // among them those that every row sees whole
+    KeyTiles tiles;
 };
 
 __device__ __forceinline__ Work find_work(const ForwardParams& p) {
     Work work;
     work.tile = find_tile(p, KV_SPLITS ? blockIdx.x / p.kv_splits : blockIdx.x);
     if (work.tile.sequence < 0) return work;
-    const Tile& tile = work.tile;
-    const int kv_head = GROUP > 1 ? tile.head : tile.head / (p.num_heads / p.num_kv_heads);
-    work.keys = find_keys(p, tile, kv_head);
-    const int seqlen_k = work.keys.length;
-    const int shift = seqlen_k - tile.seqlen_q;
-    const int last_row = min(tile.first_row + TILE_M, tile.seqlen_q * GROUP) - 1;
-    const KeyRange first_sees = visible_keys(p, tile.first_row / GROUP, shift, seqlen_k);
-    const KeyRange last_sees = visible_keys(p, last_row / GROUP, shift, seqlen_k);
-    work.keys.needed = first_sees.begin;
-    work.begin = first_sees.begin / TILE_N;
-    work.end = ceil_div(max(last_sees.end, 0), TILE_N);
-    work.whole_begin = ceil_div(last_sees.begin, TILE_N);
-    work.whole_end = max(first_sees.end, 0) / TILE_N;
-    if constexpr (KV_SPLITS) {
-        const int split = blockIdx.x % p.kv_splits, begin = work.begin;
-        const i64 tiles = max(work.end - begin, 0);
-        work.begin = begin + static_cast<int>(tiles * split / p.kv_splits);
-        work.end = begin + static_cast<int>(tiles * (split + 1) / p.kv_splits);
-    }
+    const int kv_head = GROUP > 1 ? work.tile.head : work.tile.head / (p.num_heads / p.num_kv_heads);
+    work.keys = find_keys(p, work.tile, kv_head);
+    work.tiles = find_key_tiles(p, work.tile, work.keys.length, KV_SPLITS ? blockIdx.x % p.kv_splits : 0);
+    work.keys.needed = work.tiles.needed;
     return work;
 }
 
@@ -397,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
     if (CACHE_KIND == CACHE_PAGED) __syncthreads(); // before anybody marks the keys as bad
 
     const auto load_pair = [&](Work& from, int n, int stage) {
-        if (n >= from.begin) {
+        if (n >= from.tiles.begin) {
             load_keys<false>(p, from.keys, n * TILE_N, shared.k + stage * KV_BYTES);
             load_keys<true>(p, from.keys, n * TILE_N, shared.v + stage * KV_BYTES);
         }
@@ -406,11 +391,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
     Work& first = CACHE_KIND == CACHE_PAGED ? work : found; // the first loads need not wait for the shared copy
     load_queries(p, found.tile, shared.q);
     if constexpr (STAGES == 1) {
-        if (found.end > found.begin) load_keys<false>(p, first.keys, (found.end - 1) * TILE_N, shared.k);
+        if (found.tiles.end > found.tiles.begin) load_keys<false>(p, first.keys, (found.tiles.end - 1) * TILE_N, shared.k);
         commit_copies();
     } else {
 #pragma unroll
-        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(first, found.end - 1 - ahead, ahead);
+        for (int ahead = 0; ahead < STAGES - 1; ++ahead) load_pair(first, found.tiles.end - 1 - ahead, ahead);
     }
     __syncthreads(); // the shared copy is complete
 
@@ -418,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
     clear(state);
     const float unit = score_unit(p);
     int stage = 0;
-    for (int n = work.end - 1; n >= work.begin; --n) {
+    for (int n = work.tiles.end - 1; n >= work.tiles.begin; --n) {
         float scores[M_TILES][N_TILES][4];
         wait_copies<STAGES == 1 ? 0 : STAGES - 2>();
         __syncthreads(); // tile n has arrived for all, and all are done with the buffers of tile n + 1
@@ -432,10 +417,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm80(const __gr
         if constexpr (STAGES == 1) {
             wait_copies<0>();
             __syncthreads(); // V has arrived, and all are done with K
-            if (n > work.begin) load_keys<false>(p, work.keys, (n - 1) * TILE_N, shared.k);
+            if (n > work.tiles.begin) load_keys<false>(p, work.keys, (n - 1) * TILE_N, shared.k);
             commit_copies();
         }
-        const bool masked = n >= work.whole_end || n < work.whole_begin;
+        const bool masked = n >= work.tiles.whole_end || n < work.tiles.whole_begin;
         shape_scores(p, work.tile, work.keys.length, n * TILE_N, masked, scores);
         online_softmax(state, scores, unit);
         multiply_values(state, scores, shared.v + stage * KV_BYTES);

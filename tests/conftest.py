@@ -77,7 +77,7 @@ class Backend:
 
     def takes(self, dtype: str) -> bool:
         """Whether the kernel knows this dtype."""
-        return not (self.kernel == "forward_sm80" and dtype == "float32")
+        return not (self.kernel in ("forward_sm90", "forward_sm80") and dtype == "float32")
 
     def put(self, array: np.ndarray) -> Any:
         """A NumPy array (bfloat16 too) as an array of the backend."""
@@ -103,9 +103,14 @@ class Backend:
         moved: dict[int, Any] = {}
         here = [self._move(value, moved) for value in (*arrays, out)]
         there = {name: self._move(value, moved) for name, value in options.items()}
-        result, lse = getattr(cupyattn, function)(
-            *here[:-1], **there, out=here[-1], return_lse=True, kernel=self.kernel
-        )
+        try:
+            result, lse = getattr(cupyattn, function)(
+                *here[:-1], **there, out=here[-1], return_lse=True, kernel=self.kernel
+            )
+        except ValueError as error:  # forward_sm90 leaves some forms to other kernels
+            if self.kernel == "forward_sm90" and str(error).startswith("kernel: got 'forward_sm90'"):
+                pytest.skip(str(error))
+            raise
         assert result is here[-1], "out= must be what is returned"
         return self.get(result), self.get(lse)
 
@@ -127,6 +132,7 @@ class Backend:
 BACKENDS = {
     "numpy": Backend("numpy", "auto"),
     "cuda": Backend("cuda", "auto"),
+    "cuda-sm90": Backend("cuda", "forward_sm90"),
     "cuda-sm80": Backend("cuda", "forward_sm80"),
     "cuda-simt": Backend("cuda", "forward_simt"),
 }

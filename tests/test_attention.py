@@ -916,7 +916,7 @@ def test_refusals_come_before_any_launch(device):
         attention(q, k, v, sinks=np.zeros(4, np.float32))
     with refused("v", "float32", "float16", TypeError):
         attention(q, k, at_address(0x500000, (2, 5, 4, 64), "float32"))
-    with refused("kernel", "'numpy'", "auto, decode, forward_sm80, forward_simt for arrays on cuda:0"):
+    with refused("kernel", "'numpy'", "auto, decode, forward_sm90, forward_sm80, forward_simt for arrays on cuda:0"):
         attention(q, k, v, kernel="numpy")
     with refused("out", "meets v's", "memory of its own"):
         attention(q, k, v, out=v)

@@ -29,7 +29,7 @@ def streams(monkeypatch):
         return 0
 
     driver = SimpleNamespace(cuStreamGetId=number, cuStreamGetCaptureInfo_v2=capture)
-    monkeypatch.setattr(workspace, "_driver", lambda: driver)
+    monkeypatch.setattr(workspace, "driver", lambda: driver)
     monkeypatch.setattr(workspace, "_is_capturing", lambda: lambda stream: stream in CAPTURES)
 
 

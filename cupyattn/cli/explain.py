@@ -62,7 +62,7 @@ def explain(
     kernel: Annotated[
         str,
         typer.Option(
-            "--kernel", metavar="NAME", help="auto, decode, forward_sm80, forward_simt, numpy or numpy_float64."
+            "--kernel", metavar="NAME", help="auto, decode, forward_sm90, forward_sm80, forward_simt, numpy or numpy_float64."
         ),
     ] = "auto",
     arch: Annotated[

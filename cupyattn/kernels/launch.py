@@ -17,6 +17,7 @@ from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, plan, plan_append
 from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
 from .operands import AppendOperands, Operands
+from .tensor_map import MAP_BYTES, encode
 from .workspace import Workspace, keep_if_captured, workspace
 
 if TYPE_CHECKING:
@@ -44,7 +45,58 @@ class Prepared:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack(operands, self._tail)
-            enqueue(self._function, self._grid, self._block, argument, self._shared, stream)
+            enqueue(self._function, self._grid, self._block, (argument,), self._shared, stream)
+
+
+class PreparedHopper:
+    """The same for forward_sm90, which also takes maps of its arrays and counts its tiles in the stream's workspace."""
+
+    __slots__ = ("problem", "plan", "kernel", "_device", "_grid", "_block", "_tail", "_maps", "_launches")
+
+    def __init__(self, problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> None:
+        self.problem = problem
+        self.plan = plan
+        self.kernel = kernel
+        self._device = device
+        self._grid = (plan.grid,)
+        self._block = (plan.threads,)
+        self._tail = params.scalars(problem, plan)
+        self._maps = functools.lru_cache(KEPT_MAPS)(functools.partial(_encode_map, problem, plan))
+        self._launches = functools.lru_cache(KEPT_MAPS)(self._join)
+
+    def __call__(self, operands: Operands, stream: int) -> None:
+        """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
+        if self._grid[0]:
+            o = operands
+            counters = workspace(self._device, stream, self.plan.workspace_bytes).pointer
+            maps = self._launches(o.q.pointer, o.k.pointer, o.v.pointer, o.out.pointer, counters)
+            arguments = (params.pack(o, self._tail), maps)
+            enqueue(self.kernel.function, self._grid, self._block, arguments, self.plan.shared_bytes, stream)
+
+    def _join(self, q: int, k: int, v: int, out: int, counters: int) -> np.void:
+        """`TensorMaps` of the kernel for arrays at these addresses."""
+        # Parts in float32 are stored without a map.
+        out_map = bytes(MAP_BYTES) if self.plan.kv_splits > 1 else self._maps("out", out)
+        maps = self._maps("q", q) + self._maps("k", k) + self._maps("v", v) + out_map
+        return np.void(maps + counters.to_bytes(8, "little") + bytes(56))
+
+
+KEPT_MAPS = 256  # of one prepared problem: arrays come back at addresses that they had before
+
+
+def _encode_map(problem: Problem, plan: Plan, role: str, pointer: int) -> bytes:
+    """The tensor map of q, k, v or out at this address."""
+    cache, group = problem.cache, plan.query_box[0]
+    if role in ("q", "out"):
+        outer, row, head = problem.q_strides if role == "q" else problem.o_strides
+        sequences, tokens = (1, problem.total_q) if problem.packed_q else (problem.batch, problem.seqlen_q)
+        shape = problem.head_dim, group, tokens, problem.num_heads // group, sequences
+        strides, box = (head, row, group * head, outer), (*plan.query_box, 1, 1)
+    else:
+        outer, row, head = cache.k_strides if role == "k" else cache.v_strides
+        shape = problem.head_dim, cache.block_size or cache.rows, problem.num_kv_heads, cache.entries
+        strides, box = (row, head, outer), (plan.key_box, 1, 1)
+    return encode(pointer, problem.dtype, shape, strides, box)
 
 
 class PreparedSplits:
@@ -62,7 +114,7 @@ class PreparedSplits:
         self._device = device
         shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
         strides = contiguous_row_strides(shape, False)
-        self._attend = Prepared(replace(problem, o_strides=strides), plan, kernel)
+        self._attend = _prepare_attention(replace(problem, o_strides=strides), plan, kernel, device)
         form = problem.dtype, plan.kv_splits, problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
         self._merge = PreparedMerge(Merge(*form, strides, problem.o_strides, problem.out_alignment), device, True)
 
@@ -105,7 +157,7 @@ class PreparedDecode:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = self.argument(operands, workspace(self._device, stream, self.plan.workspace_bytes))
-            enqueue(self.kernel.function, self._grid, self._block, argument, self.plan.shared_bytes, stream)
+            enqueue(self.kernel.function, self._grid, self._block, (argument,), self.plan.shared_bytes, stream)
 
     def argument(self, operands: Operands, memory: Workspace) -> np.void:
         """The kernel's argument for a launch with this workspace, which no other launch may use at the same time."""
@@ -128,7 +180,7 @@ class PreparedAppend:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         if self._grid[0]:
             argument = params.pack_append(operands, self._tail)
-            enqueue(self.kernel.function, self._grid, self._block, argument, 0, stream)
+            enqueue(self.kernel.function, self._grid, self._block, (argument,), 0, stream)
 
 
 class PreparedSteps:
@@ -141,7 +193,7 @@ class PreparedSteps:
         problem: Problem,
         append: PreparedAppend | None,
         rotate: PreparedRotary | None,
-        attend: Prepared | PreparedSplits,
+        attend: Prepared | PreparedHopper | PreparedSplits,
     ) -> None:
         self.problem = problem
         self.plan = attend.plan
@@ -170,7 +222,7 @@ class PreparedSteps:
 
 def prepare(
     problem: Problem, device: int, kernel: str = "auto", **insist: Any
-) -> Prepared | PreparedSplits | PreparedDecode | PreparedSteps:
+) -> Prepared | PreparedHopper | PreparedSplits | PreparedDecode | PreparedSteps:
     """Plan, compile (or find) and load. Raises ValueError where `kernel` cannot serve the problem on this device.
 
     `insist` goes to `plan`.
@@ -182,9 +234,10 @@ def prepare(
     loaded = jit.load(made.kernel, made.defines, described.arch, made.kernel, device, made.shared_bytes)
     if alone:
         return PreparedDecode(problem, made, loaded, device)
-    attend = (
-        PreparedSplits(attended, made, loaded, device) if made.kv_splits > 1 else Prepared(attended, made, loaded)
-    )
+    if made.kv_splits > 1:
+        attend = PreparedSplits(attended, made, loaded, device)
+    else:
+        attend = _prepare_attention(attended, made, loaded, device)
     if problem.append is None:
         return attend
     append = prepare_append(problem.append, device) if problem.append.total_new else None
@@ -194,6 +247,12 @@ def prepare(
 
         rotate = prepare_rotary(_rotation_of_queries(problem), device)
     return PreparedSteps(problem, append, rotate, attend)
+
+
+def _prepare_attention(problem: Problem, plan: Plan, kernel: jit.Kernel, device: int) -> Prepared | PreparedHopper:
+    if plan.kernel == "forward_sm90":
+        return PreparedHopper(problem, plan, kernel, device)
+    return Prepared(problem, plan, kernel)
 
 
 def _rotated_before(problem: Problem) -> Problem:
@@ -256,17 +315,17 @@ def enqueue(
     function: cupy.RawKernel,
     grid: tuple[int],
     block: tuple[int],
-    argument: np.void,
+    arguments: tuple[np.void, ...],
     shared: int,
     stream: int,
 ) -> None:
     """Launch on the current device, whose stream `stream` must be."""
     current, device = _current()
     if current().ptr == stream:
-        function(grid, block, (argument,), shared_mem=shared)
+        function(grid, block, arguments, shared_mem=shared)
     else:
         with _stream(stream, device()):
-            function(grid, block, (argument,), shared_mem=shared)
+            function(grid, block, arguments, shared_mem=shared)
 
 
 @functools.cache

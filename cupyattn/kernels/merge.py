@@ -23,7 +23,7 @@ Addresses = Sequence[int]
 class PreparedMerge:
     """One merge for one device; call it with addresses and a stream. Kernels are compiled when it is made."""
 
-    __slots__ = ("merge", "_rounds")
+    __slots__ = ("merge", "rounds")
 
     def __init__(self, merge: Merge, device: int, from_float32: bool = False) -> None:
         """from_float32: the states are contiguous float32 ones, whatever `merge` says of their dtype and strides."""
@@ -32,7 +32,7 @@ class PreparedMerge:
         while counts[-1] > MERGE_CAPACITIES[-1]:
             counts.append(-(-counts[-1] // MERGE_CAPACITIES[-1]))
         last = len(counts) - 1
-        self._rounds = [_Round(merge, count, from_float32 or i > 0, i < last, device) for i, count in enumerate(counts)]
+        self.rounds = [_Round(merge, count, from_float32 or i > 0, i < last, device) for i, count in enumerate(counts)]
 
     def __call__(
         self,
@@ -48,26 +48,24 @@ class PreparedMerge:
         scratch(n) gives addresses of n contiguous float32 states, as outs and lses, for the sums of one round.
         """
         most = MERGE_CAPACITIES[-1]
-        for merging in self._rounds[:-1]:
+        for merging in self.rounds[:-1]:
             sums, sum_lses = scratch(-(-len(outs) // most))
             for i, (target, target_lse) in enumerate(zip(sums, sum_lses, strict=True)):
                 part = slice(i * most, (i + 1) * most)
                 merging(outs[part], lses[part], target, target_lse, stream)
             outs, lses = sums, sum_lses
-        self._rounds[-1](outs, lses, out, lse, stream)
+        self.rounds[-1](outs, lses, out, lse, stream)
 
 
 class _Round:
     """One kernel: up to as many states as its argument holds, into one."""
 
-    __slots__ = ("_kernel", "_grid", "_block", "_capacity", "_pointers", "_strides", "_sizes")
+    __slots__ = ("kernel", "grid", "threads", "_capacity", "_pointers", "_strides", "_sizes")
 
     def __init__(self, merge: Merge, states: int, from_float32: bool, to_float32: bool, device: int) -> None:
         states = min(states, MERGE_CAPACITIES[-1])
-        defines, grid, threads = plan_merge(merge, states, from_float32, to_float32)
-        self._kernel = jit.load("merge_states", defines, describe_device(device).arch, "merge_states", device, 0)
-        self._grid = (grid,)
-        self._block = (threads,)
+        defines, self.grid, self.threads = plan_merge(merge, states, from_float32, to_float32)
+        self.kernel = jit.load("merge_states", defines, describe_device(device).arch, "merge_states", device, 0)
         self._capacity = dict(defines)["CAPACITY"]
         self._pointers = struct.Struct(f"<{2 * self._capacity + 2}Q")
         row = merge.num_heads * merge.head_dim
@@ -79,7 +77,11 @@ class _Round:
         self._sizes = (merge.batch, merge.num_heads, merge.seqlen)
 
     def __call__(self, outs: Addresses, lses: Addresses, out: int, lse: int, stream: int) -> None:
+        argument = self.argument(outs, lses, out, lse)
+        enqueue(self.kernel.function, (self.grid,), (self.threads,), (argument,), 0, stream)
+
+    def argument(self, outs: Addresses, lses: Addresses, out: int, lse: int) -> np.void:
+        """The kernel's argument."""
         room = (0,) * (self._capacity - len(outs))
         head = self._pointers.pack(*outs, *room, *lses, *room, out, lse)
-        argument = np.void(head + _SCALARS.pack(*self._strides, len(outs), *self._sizes))
-        enqueue(self._kernel.function, self._grid, self._block, argument, 0, stream)
+        return np.void(head + _SCALARS.pack(*self._strides, len(outs), *self._sizes))

@@ -11,7 +11,7 @@ from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
 POINTERS = struct.Struct("<13Qq")
-SCALARS = struct.Struct("<13q13i2fi")
+SCALARS = struct.Struct("<13q13i2f2i4x")
 
 
 def scalars(problem: Problem, plan: Plan) -> bytes:
@@ -38,6 +38,7 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
         problem.softmax_scale,
         problem.softcap,
         plan.kv_splits,
+        plan.total_tiles,
     )
 
 

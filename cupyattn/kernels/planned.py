@@ -1,7 +1,7 @@
-"""A decode launch that costs the host little more than the driver's own call: what `DecodePlan` runs on CUDA.
+"""Launches that cost the host little more than the driver's own calls: what `DecodePlan` and `PrefillPlan` run on CUDA.
 
-A RawKernel looks at its arguments anew in every call. Here the kernel's argument stays in memory, one copy for each
-thread, and only addresses that have changed are looked at and written into it.
+A RawKernel looks at its arguments anew in every call. Here the kernels' arguments stay in memory, one copy for each
+thread, and only addresses that have changed are looked at and written into them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -18,65 +19,76 @@ from weakref import ref
 import numpy as np
 
 from ..arrays import View, contiguous_strides, numpy_dtype
-from . import params
-from .launch import PreparedDecode
+from .launches import Launch, launches
 from .operands import Operands
+from .tensor_map import MAP_BYTES
 from .workspace import Workspace, keep_if_captured
 
-INPUTS = ("q", "k", "v", "seqused_k", "block_table", "cache_batch_idx", "cache_leftpad", "alibi_slopes", "sinks")
-INPUTS += ("k_new", "v_new", "rotary_cos", "rotary_sin", "k_scale", "v_scale")
-"""The arrays that a decode launch reads, by their names in `Operands`."""
-
 Addresses = Sequence[int]
-"""Of `INPUTS`, in that order; 0 for an array that there is not."""
+"""Of the arrays that are read, in the order of a plan's roles; 0 for an array that there is not."""
 
 Check = Callable[[Addresses, int], None]
 """(addresses, address of out): raises where these do not fit."""
 
-# Where they stand in the kernel's argument, in 8-byte words (kernels/params.py).
-_NEW = (params.POINTERS.size + params.SCALARS.size) // 8
-_WORDS = (0, 1, 2, 7, 8, 9, 10, 11, 12, *range(_NEW, _NEW + 6))
-_OUT, _LSE, _LENGTH = 3, 4, 13
-
-_inputs = attrgetter(*INPUTS)
+_MARK = 0x5EED << 48  # and a few behind it: nothing else in an argument is like these
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], np.dtype, int]
 """Shape, strides in bytes, dtype and device, as a CuPy array has them."""
 
 
-class PlannedDecode:
-    """A decode kernel with a workspace of its own, for arrays of one form; launches must not overlap one another."""
+class Planned:
+    """A prepared call of one or several launches, for arrays of one form.
 
-    __slots__ = ("prepared", "memory", "_check", "_template", "_launch", "_of_thread", "_kept", "_quick")
+    Calls must not overlap one another if there is memory, which is theirs alone.
+    """
 
-    def __init__(self, prepared: PreparedDecode, memory: Workspace, operands: Operands, check: Check) -> None:
-        """The device is the current one. `operands` are an example; `check` sees all addresses before they are used."""
+    __slots__ = ("prepared", "memory", "_check", "_inputs", "_template", "_launches", "_of_thread", "_kept", "_quick")
+
+    def __init__(
+        self,
+        prepared: Any,
+        memory: Workspace | None,
+        operands: Operands,
+        roles: tuple[str, ...],
+        lse_shape: tuple[int, ...] | None,
+        check: Check,
+    ) -> None:
+        """The device is the current one. `operands` are an example, `roles` the names there of what is read.
+
+        memory is of `launches.workspace_bytes`, None for 0; lse_shape is None if no lse is asked for; `check` sees all
+        addresses before they are used.
+        """
         from cupy_backends.cuda.api import driver
 
         self.prepared = prepared
         self.memory = memory
         self._check = check
-        self._template = prepared.argument(operands, memory).tobytes()
-        plan = prepared.plan
-        form = prepared.kernel.function.kernel.ptr, plan.grid, 1, 1, plan.threads, 1, 1, plan.shared_bytes
-        self._launch = partial(driver.launchKernel, *form)
+        self._inputs = attrgetter(*roles)
+        made = launches(prepared, _marked(operands, roles, lse_shape is not None), memory)
+        self._template = _Template(made, len(roles))
+        self._launches = []
+        for launch in made:
+            form = launch.kernel.function.kernel.ptr, launch.grid, 1, 1, launch.threads, 1, 1, launch.shared_bytes
+            self._launches.append(partial(driver.launchKernel, *form))
         self._of_thread = threading.local()
-        self._kept = False
-        self._quick = _Quick(operands, prepared.problem.lse)
+        self._kept = memory is None
+        self._quick = _Quick(operands, self._inputs(operands), lse_shape)
         self._argument()  # a graph may be captured before anything else is run
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         argument = self._argument()
-        for i, found in enumerate(_inputs(operands)):
+        for i, found in enumerate(self._inputs(operands)):
             argument.put(i, 0 if found is None else found.pointer, _never)
         argument.put_out(operands.out.pointer, _never)
-        lse = 0 if operands.lse is None else operands.lse.pointer
-        length = -1 if operands.uniform_length is None else operands.uniform_length
-        self._enqueue(argument, lse, length, stream)
+        if operands.lse is not None:
+            argument.write(self._template.lse, operands.lse.pointer)
+        if operands.uniform_length is not None:
+            argument.write(self._template.length, operands.uniform_length)
+        self._enqueue(argument, stream)
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
-        """Launch for CuPy arrays (in the order of `INPUTS`) that are in every way as the example was, on CuPy's stream.
+        """Launch for CuPy arrays (in the order of the roles) that are in every way as the example was, on its stream.
 
         length is that of all sequences, -1 if an array has them or all rows are in use. Returns the result, or None and
         launches nothing if that is not what came.
@@ -102,12 +114,15 @@ class PlannedDecode:
             argument.put_out(memory.ptr, _never)
         else:
             return None
+        if length >= 0:
+            argument.write(self._template.length, length)
         stream = quick.current_stream().ptr
         if quick.lse_shape is None:
-            self._enqueue(argument, 0, length, stream)
+            self._enqueue(argument, stream)
             return out
         memory = quick.allocate(quick.lse_bytes)
-        self._enqueue(argument, memory.ptr, length, stream)
+        argument.write(self._template.lse, memory.ptr)
+        self._enqueue(argument, stream)
         return out, quick.kind(quick.lse_shape, quick.lse_dtype, memory)
 
     def _look(self, argument: _Argument, arrays: tuple[Any, ...]) -> bool:
@@ -131,14 +146,55 @@ class PlannedDecode:
             self._of_thread.argument = made = _Argument(self._template, absent)
             return made
 
-    def _enqueue(self, argument: _Argument, lse: int, length: int, stream: int) -> None:
+    def _enqueue(self, argument: _Argument, stream: int) -> None:
         if not argument.checked:
             self._check(argument.addresses, argument.out)
+            argument.encode_maps()
             argument.checked = True
-        if stream and not self._kept:  # a graph that holds this launch may outlive the plan
+        if stream and not self._kept:  # a graph that holds these launches may outlive the plan
             self._kept = keep_if_captured(self.memory, stream)
-        argument.words[_LSE], argument.words[_LENGTH] = lse, length
-        self._launch(stream, argument.location, 0)
+        for launch, location in zip(self._launches, argument.locations):  # noqa: B905 (as above)
+            launch(stream, location, 0)
+
+
+def _marked(operands: Operands, roles: tuple[str, ...], lse: bool) -> Operands:
+    """The example with marks for addresses: _MARK + i for roles[i], then out, lse and the length of all sequences."""
+    if lse:
+        operands = replace(operands, lse=operands.out)  # but for the address nobody looks at it
+    marks: dict[str, Any] = {}
+    for i, role in enumerate((*roles, "out", "lse")):
+        found = getattr(operands, role)
+        if found is not None:
+            marks[role] = replace(found, pointer=_MARK + i)
+    if operands.uniform_length is not None:
+        marks["uniform_length"] = _MARK + len(roles) + 2
+    return replace(operands, **marks)
+
+
+class _Template:
+    """The arguments of all launches one behind the other, and which of their 8-byte words change: those with marks."""
+
+    __slots__ = ("words", "starts", "firsts", "inputs", "out", "lse", "length", "maps")
+
+    def __init__(self, made: list[Launch], roles: int) -> None:
+        arguments = [argument for launch in made for argument in launch.arguments]
+        sizes = [-(-len(argument) // 8) for argument in arguments]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.firsts = [sum(len(launch.arguments) for launch in made[:i]) for i in range(len(made))]
+        padded = [argument.ljust(8 * size, b"\0") for argument, size in zip(arguments, sizes, strict=True)]
+        self.words = words = np.frombuffer(b"".join(padded), np.int64).copy()
+        places = [np.flatnonzero(words == _MARK + i).tolist() for i in range(roles + 3)]
+        *self.inputs, self.out, self.lse, self.length = places
+        for place in places:
+            words[place] = 0
+        self.maps = []  # (which array: one that is read, or behind these the output; first word; how to make its map)
+        for launch, first in zip(made, self.firsts, strict=True):
+            for found in launch.maps:
+                word = self.starts[first + found.argument] + found.offset // 8
+                if found.address >= _MARK:
+                    self.maps.append((found.address - _MARK, word, found.encode))
+                else:  # an array of the plan's own
+                    words[word : word + MAP_BYTES // 8] = np.frombuffer(found.encode(found.address), np.int64)
 
 
 def _never() -> object:
@@ -150,34 +206,37 @@ _absent = type(None)  # in place of a reference where there is no array: NoneTyp
 
 
 class _Argument:
-    """The kernel's argument in memory that one thread writes, and which arrays' addresses are in it.
+    """The kernels' arguments in memory that one thread writes, and which arrays' addresses are in them.
 
     To look at an array takes half a microsecond, to see that it is the one of the last launch a tenth of that. All that
     can change in a CuPy array is its shape, and then it is still the same memory.
     """
 
-    __slots__ = ("words", "location", "references", "addresses", "out_reference", "out", "checked", "_pointers")
+    __slots__ = ("words", "locations", "references", "addresses", "out_reference", "out", "checked")
+    __slots__ += ("_template", "_pointers", "_mapped")
 
-    def __init__(self, template: bytes, absent: list[bool]) -> None:
+    def __init__(self, template: _Template, absent: list[bool]) -> None:
         import cupy
 
         cupy.cuda.runtime.memGetInfo()  # makes the device's context this thread's, which the driver takes for granted
-        self.words = (ctypes.c_int64 * -(-len(template) // 8))()
-        ctypes.memmove(self.words, template, len(template))
-        for word in (*_WORDS, _OUT):
-            self.words[word] = 0
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
-        self.location = ctypes.addressof(self._pointers)  # of the argument's address: what the driver asks for
+        self.words = (ctypes.c_int64 * len(template.words))(*template.words.tolist())
+        starts = [ctypes.addressof(self.words) + 8 * start for start in template.starts]
+        self._pointers = (ctypes.c_void_p * len(starts))(*starts)
+        # Where each launch's arguments' addresses are: what the driver asks for.
+        self.locations = [ctypes.addressof(self._pointers) + 8 * first for first in template.firsts]
         self.references: list[Callable[[], Any]] = [_absent if missing else _never for missing in absent]
         self.addresses = [0] * len(absent)
         self.out_reference: Callable[[], Any] = _never
         self.out = 0
         self.checked = False
+        self._template = template
+        self._mapped = [0] * len(template.maps)
 
     def put(self, i: int, address: int, reference: Callable[[], Any]) -> None:
-        """Write the address of `INPUTS`[i], and remember the array that has it by a weak reference."""
+        """Write the address of the i-th array that is read, and remember the array by a weak reference."""
         if address != self.addresses[i]:
-            self.words[_WORDS[i]] = self.addresses[i] = address
+            self.addresses[i] = address
+            self.write(self._template.inputs[i], address)
             self.checked = False
         if self.references[i] is not _absent:
             self.references[i] = reference
@@ -185,18 +244,33 @@ class _Argument:
     def put_out(self, address: int, reference: Callable[[], Any]) -> None:
         """The same for the output."""
         if address != self.out:
-            self.words[_OUT] = self.out = address
+            self.out = address
+            self.write(self._template.out, address)
             self.checked = False
         self.out_reference = reference
 
+    def write(self, places: list[int], word: int) -> None:
+        """Write the same word in all these places."""
+        for place in places:
+            self.words[place] = word
+
+    def encode_maps(self) -> None:
+        """Make the tensor maps of arrays whose addresses have changed."""
+        addresses = (*self.addresses, self.out)
+        for i, (array, word, encode) in enumerate(self._template.maps):
+            address = addresses[array]
+            if address != self._mapped[i]:
+                ctypes.memmove(ctypes.addressof(self.words) + 8 * word, encode(address), MAP_BYTES)
+                self._mapped[i] = address
+
 
 class _Quick:
-    """What `PlannedDecode.quick` compares with, and CuPy's functions that it calls."""
+    """What `Planned.quick` compares with, and CuPy's functions that it calls."""
 
     __slots__ = ("device", "kind", "forms", "out_form", "out_bytes", "makes_out", "lse_shape", "lse_bytes", "lse_dtype")
     __slots__ += ("current_device", "current_stream", "allocate")
 
-    def __init__(self, operands: Operands, lse: bool) -> None:
+    def __init__(self, operands: Operands, inputs: Sequence[View | None], lse_shape: tuple[int, ...] | None) -> None:
         import cupy
 
         q, out = operands.q, operands.out
@@ -205,12 +279,12 @@ class _Quick:
         self.current_device = cupy.cuda.runtime.getDevice
         self.current_stream = cupy.cuda.get_current_stream
         self.allocate = cupy.cuda.alloc
-        self.forms = tuple([None if found is None else _form(found) for found in _inputs(operands)])
+        self.forms = tuple([None if found is None else _form(found) for found in inputs])
         self.out_form = _form(out)
         self.out_bytes = math.prod(out.shape) * numpy_dtype(out.dtype).itemsize
         self.makes_out = out.strides == contiguous_strides(out.shape)
-        self.lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if lse else None
-        self.lse_bytes = 4 * math.prod(q.shape[:3])
+        self.lse_shape = lse_shape
+        self.lse_bytes = 4 * math.prod(lse_shape or ())
         self.lse_dtype = np.dtype(np.float32)
 
     def address_of(self, array: Any, form: _Form | None) -> int | None:

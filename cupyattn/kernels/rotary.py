@@ -22,13 +22,13 @@ _SCALARS = struct.Struct("<6q5i4x")
 class PreparedRotary:
     """One rotation, compiled and loaded for one device; call it with views and a stream."""
 
-    __slots__ = ("rotation", "kernel", "_grid", "_block", "_tail")
+    __slots__ = ("rotation", "kernel", "grid", "threads", "_tail")
 
     def __init__(self, rotation: Rotation, kernel: jit.Kernel, grid: int, threads: int) -> None:
         self.rotation = rotation
         self.kernel = kernel
-        self._grid = (grid,)
-        self._block = (threads,)
+        self.grid = grid
+        self.threads = threads
         self._tail = _scalars(rotation)
 
     def __call__(
@@ -46,8 +46,21 @@ class PreparedRotary:
 
         uniform_offset is every sequence's where offsets is None. out is x's own memory, or apart from it.
         """
-        if not self._grid[0]:
-            return
+        if self.grid:
+            argument = self.argument(x, out, cos, sin, offsets, uniform_offset, cu_seqlens)
+            enqueue(self.kernel.function, (self.grid,), (self.threads,), (argument,), 0, stream)
+
+    def argument(
+        self,
+        x: View,
+        out: View,
+        cos: View,
+        sin: View,
+        offsets: View | None,
+        uniform_offset: int,
+        cu_seqlens: View | None,
+    ) -> np.void:
+        """The kernel's argument."""
         head = _POINTERS.pack(
             x.pointer,
             out.pointer,
@@ -57,7 +70,7 @@ class PreparedRotary:
             cu_seqlens.pointer if cu_seqlens is not None else 0,
             uniform_offset,
         )
-        enqueue(self.kernel.function, self._grid, self._block, np.void(head + self._tail), 0, stream)
+        return np.void(head + self._tail)
 
 
 def prepare_rotary(rotation: Rotation, device: int) -> PreparedRotary:

@@ -15,6 +15,8 @@ import functools
 import threading
 from typing import Any
 
+from .driver import driver
+
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _PER_THREAD = 2  # cudaStreamPerThread
@@ -58,11 +60,6 @@ def workspace(device: int, stream: int, size: int) -> Workspace:
     return found
 
 
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
-
-
 def _identity(stream: int) -> tuple[str, int]:
     """What, beside its handle, tells a stream from all others, or one capture of it from the next.
 
@@ -76,7 +73,7 @@ def _identity(stream: int) -> tuple[str, int]:
     if stream == _PER_THREAD:
         return "thread", threading.get_ident()
     number = ctypes.c_uint64()
-    error = _driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number))
+    error = driver().cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number))
     if error:
         raise RuntimeError(f"stream: got one that the driver does not know (cuStreamGetId: {error})")
     return "stream", number.value
@@ -107,7 +104,7 @@ def _capture_id(stream: int) -> int:
     if not is_captured(stream):
         return 0
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    error = _driver().cuStreamGetCaptureInfo_v2(
+    error = driver().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
     )
     if error or status.value != _CAPTURING:
@@ -122,7 +119,7 @@ class _outside_capture:
 
     def __enter__(self) -> None:
         self._mode = ctypes.c_int(_RELAXED)
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
 
     def __exit__(self, *error: object) -> None:
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))

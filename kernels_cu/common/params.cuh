@@ -43,4 +43,5 @@ struct ForwardParams {
     float softmax_scale;
     float softcap;
     int kv_splits;                 // KV_SPLITS: blocks that share the keys of a tile
+    int total_tiles;               // forward_sm90: that its blocks take in turn
 };

@@ -17,10 +17,17 @@ __device__ __forceinline__ RowResult finish_row(const ForwardParams& p, int head
     if (sees_keys) {
         const float sink = p.sinks != nullptr ? p.sinks[head] * LOG2_E : -infinity();
         const float top = fmaxf(maximum, sink); // keeps the sum finite when the sink outweighs every key
+#if DTYPE == DTYPE_FLOAT32
         const float shrink = exp2f(maximum - top);
-        sum = sum * shrink + (p.sinks != nullptr ? exp2f(sink - top) : 0.0f);
+        sum = sum * shrink + exp2f(sink - top);
         result.scale = shrink / sum;
         result.lse = top * LN_2 + logf(sum);
+#else
+        const float shrink = exp2_approx(maximum - top);
+        sum = sum * shrink + exp2_approx(sink - top);
+        result.scale = __fdividef(shrink, sum);
+        result.lse = (top + __log2f(sum)) * LN_2;
+#endif
     }
     if (poison) result.scale = result.lse = quiet_nan();
     return result;

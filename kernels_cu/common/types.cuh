@@ -35,6 +35,12 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr int WARP_SIZE = 32;
 
+// A value that is part of a type, for lambdas.
+template <auto VALUE>
+struct Constant {
+    static constexpr auto value = VALUE;
+};
+
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float quiet_nan() { return __int_as_float(0x7fffffff); }
 

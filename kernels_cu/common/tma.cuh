@@ -1,0 +1,49 @@
+// The copy engine of sm_90: boxes of an array in global memory, to and from tiles in shared memory.
+//
+// A tile is in blocks of 64 columns (128 bytes): all rows of the first block, then all of the second. Chunk c of 16
+// bytes of row r of a block lies at chunk c ^ (r % 8), which is the engine's own swizzle of 128 bytes and wgmma's.
+// What lies outside the array is read as zero and not written.
+#pragma once
+
+#include "common/types.cuh"
+
+constexpr int BLOCK_COLUMNS = 64;
+constexpr u32 BLOCK_ROW_BYTES = 128;
+constexpr u32 SWIZZLE_BYTES = 1024; // the pattern repeats, so every block begins at a multiple of this
+
+__device__ __forceinline__ u32 swizzled(int row, int chunk) { return row * BLOCK_ROW_BYTES + (chunk ^ row % 8) * 16; }
+
+struct alignas(64) TensorMap {
+    u8 opaque[128];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box of rows of keys or values: (column, row, head, entry), innermost first.
+__device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int entry) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(entry) : "memory");
+}
+
+// A box of query rows: (column, head of the group, token, kv head, sequence).
+__device__ __forceinline__ void load_query_box(u32 to, const TensorMap& map, u32 barrier, int column, int token, int head, int sequence) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
+}
+// The same boxes into L2 alone.
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, int column, int row, int head, int entry) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(column), "r"(row), "r"(head), "r"(entry) : "memory");
+}
+__device__ __forceinline__ void prefetch_query_box(const TensorMap& map, int column, int token, int head, int sequence) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
+}
+__device__ __forceinline__ void store_query_box(const TensorMap& map, u32 from, int column, int token, int head, int sequence) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
+                 ::"l"(&map), "r"(from), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's stores have read their tiles.
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
