@@ -57,7 +57,6 @@ constexpr u32 KEY_BLOCK_BYTES = TILE_N * BLOCK_ROW_BYTES;
 constexpr u32 K_BYTES = D_BLOCKS * KEY_BLOCK_BYTES; // of one stage
 constexpr u32 V_BYTES = V_BLOCKS * KEY_BLOCK_BYTES;
 constexpr int BOXES = TILE_N / BOX_ROWS;
-constexpr int PREFETCHED_TILES = 4;
 constexpr float RESCALE_BITS = 8.0f;
 
 // Whether a warpgroup that sees no more than half of a tile's keys leaves the others out.
@@ -155,21 +154,6 @@ __device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMa
     }
 }
 
-// Brings the first rows that a tile will need into L2, all SMs' at different times: most tiles begin at the same time.
-__device__ __forceinline__ void prefetch_work(const TensorMaps& maps, const Work& work) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    if (work.tile.sequence < 0 || CACHE_KIND == CACHE_PAGED) return;
-    const int block = lane % D_BLOCKS, n = work.tiles.end - 1 - lane / D_BLOCKS;
-    if (lane / D_BLOCKS >= PREFETCHED_TILES || n < work.tiles.begin) return;
-    prefetch_box(maps.k, block * BLOCK_COLUMNS, work.rows.first + n * TILE_N, work.kv_head, work.rows.entry);
-    prefetch_box(maps.v, block * BLOCK_COLUMNS, work.rows.first + n * TILE_N, work.kv_head, work.rows.entry);
-    if (lane < D_BLOCKS) {
-        for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
-            prefetch_query_box(maps.q, block * BLOCK_COLUMNS, first_token(work.tile, warpgroup), work.tile.head, PACKED_Q ? 0 : work.tile.sequence);
-        }
-    }
-}
-
 // What the loading warp does, with all its lanes: everything in the order in which it is needed.
 __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps& maps, const Shared& shared, Barriers& barriers, Work (&works)[WORKS]) {
     const int lane = threadIdx.x % WARP_SIZE;
@@ -214,7 +198,6 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         if (!any) return;
         slot = slot == WORKS - 1 ? 0 : slot + 1;
         note_work(slot, __shfl_sync(~0u, index, 0));
-        prefetch_work(maps, works[slot]);
         for (int n = work.tiles.end - 2; n >= work.tiles.begin; --n) {
             load_key_tile(work, n);
             load_value_tile(work, n + 1);
@@ -477,6 +460,25 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Tensor
     if constexpr (!KV_SPLITS) store_rows(p, maps, tile, state, scale, warpgroup, shared);
 }
 
+// What the rows of one warpgroup see of a tile's keys. Its tiles behind `find_seen_end` it only lets pass.
+__device__ __forceinline__ bool has_rows(const Work& work, int warpgroup) {
+    return work.tile.first_row + warpgroup * ROWS < work.tile.seqlen_q * GROUP;
+}
+__device__ __forceinline__ int find_key_end(const ForwardParams& p, const Work& work, int warpgroup) {
+    const int last_row = min(work.tile.first_row + (warpgroup + 1) * ROWS, work.tile.seqlen_q * GROUP) - 1;
+    return visible_keys(p, last_row / GROUP, work.rows.length - work.tile.seqlen_q, work.rows.length).end;
+}
+__device__ __forceinline__ int find_seen_end(const ForwardParams& p, const Work& work, int warpgroup) {
+    const int begin = work.tiles.begin, end = work.tiles.end;
+    if (end <= begin || !has_rows(work, warpgroup)) return begin;
+    if (!MASK) return end;
+    // No more than a ring holds beside the values that are still to be multiplied, for which nothing would be loaded.
+    return clamp(ceil_div(find_key_end(p, work, warpgroup), TILE_N), max(begin + 1, end - (STAGES - 1)), end);
+}
+__device__ __forceinline__ bool sees_half(const ForwardParams& p, const Work& work, int warpgroup, int n) {
+    return find_key_end(p, work, warpgroup) <= n * TILE_N + TILE_N / 2;
+}
+
 // What a computing warpgroup does.
 __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps& maps, const Shared& shared, Barriers& barriers, const Work (&works)[WORKS]) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
@@ -510,14 +512,15 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
     State state;
     float correction[2];
     bool open = false;    // rows of a tile are still to leave,
-    bool pending = false; // and the values of its first tile of keys to be multiplied,
-    bool half = false;    // which is also the last, of whose keys the rows see half at most
+    bool pending = false; // and values to be multiplied before:
+    bool half = false;    // half a tile of them
+    constexpr int HALF = HALVES ? TILE_N / 2 : TILE_N;
     const Work* work = works;
 
     const auto finish = [&] { finish_rows(p, maps, *work, state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES); };
 
-    // The first KEYS keys of a query tile's last tile of keys, which has to wait for nothing.
-    const auto start = [&](const Work& next, auto count) {
+    // The first `count` keys of tile n, a query tile's first.
+    const auto start = [&](const Work& next, int n, auto count) {
         float scores[count.value / 2];
         wait_keys();
         begin_products();
@@ -526,30 +529,28 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
         wait_products<0>();
         pin(scores);
         release_keys();
-        if (next.tiles.end - next.tiles.begin == 1) release_queries();
-        shape_scores<true>(p, next, warpgroup, next.tiles.end - 1, scores);
+        if (n == next.tiles.begin) release_queries();
+        shape_scores<true>(p, next, warpgroup, n, scores);
         online_softmax(state.rows, scores, unit, correction);
         pack_weights(state, scores);
     };
 
-    // The same together with the values of the first tile of keys of the query tile before, whose rows then leave.
-    const auto join = [&](const Work& next, auto count) {
+    // The same together with the values of the query tile before, whose rows then leave.
+    const auto join = [&](const Work& next, int n, auto count) {
         float scores[count.value / 2];
         Statistics rows;
         wait_keys();
-        wait_turn(warpgroup);
         begin_products();
         multiply_keys(scores, queries(), keys());
         commit_products();
         wait_values();
         multiply_values(state, values(), half);
         commit_products();
-        pass_turn(warpgroup);
         wait_products<1>();
         pin(scores);
         release_keys();
-        if (next.tiles.end - next.tiles.begin == 1) release_queries();
-        shape_scores<true>(p, next, warpgroup, next.tiles.end - 1, scores);
+        if (n == next.tiles.begin) release_queries();
+        shape_scores<true>(p, next, warpgroup, n, scores);
         online_softmax(rows, scores, unit, correction);
         wait_behind(scores, p);
         pin(state.out);
@@ -593,18 +594,24 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
         const Work& next = works[slot];
         const bool more = next.tile.sequence >= 0;
         const int begin = next.tiles.begin, end = next.tiles.end;
-        const bool any = more && end > begin;
-        bool narrow = false;
-        if constexpr (HALVES) {
-            if (any) {
-                const int last = min(next.tile.first_row + (warpgroup + 1) * ROWS, next.tile.seqlen_q * GROUP) - 1;
-                narrow = visible_keys(p, last / GROUP, next.rows.length - next.tile.seqlen_q, next.rows.length).end <= (end - 1) * TILE_N + TILE_N / 2;
+        const int seen = more ? find_seen_end(p, next, warpgroup) : begin;
+        const bool narrow = HALVES && seen > begin && sees_half(p, next, warpgroup, seen - 1);
+        const auto skip_keys = [&](bool turn) {
+            wait_keys();
+            release_keys();
+            if (turn) {
+                wait_turn(warpgroup);
+                pass_turn(warpgroup);
             }
-        }
-        constexpr int HALF = HALVES ? TILE_N / 2 : TILE_N;
-        if (any && pending) {
-            if (HALVES && narrow) join(next, Constant<HALF>());
-            else join(next, Constant<TILE_N>());
+        };
+        const auto skip_values = [&] {
+            wait_values();
+            release_values();
+        };
+        if (pending && seen > begin) {
+            for (int n = end; n > seen; --n) skip_keys(true);
+            if (HALVES && narrow) join(next, seen - 1, Constant<HALF>());
+            else join(next, seen - 1, Constant<TILE_N>());
         } else {
             if (pending) {
                 wait_values();
@@ -617,26 +624,33 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
             }
             if (open) finish();
             state = State();
-            if (HALVES && narrow) start(next, Constant<HALF>());
-            else if (any) start(next, Constant<TILE_N>());
+            if (!more) break;
+            if (seen > begin) {
+                for (int n = end; n > seen; --n) skip_keys(true);
+                if (HALVES && narrow) start(next, seen - 1, Constant<HALF>());
+                else start(next, seen - 1, Constant<TILE_N>());
+            } else {
+                release_queries();
+                for (int n = end; n > begin; --n) {
+                    skip_keys(n > begin + 1);
+                    skip_values();
+                }
+            }
         }
-        if (!more) break;
         work = &next;
-        open = true;
-        pending = any;
+        open = has_rows(next, warpgroup);
+        pending = seen > begin;
         half = narrow;
-        if (!any) {
-            release_queries();
-            continue;
-        }
+        if (!pending) continue;
+        for (int n = end; n > seen; --n) skip_values();
         if constexpr (RAGGED_KEYS) {
-            const int behind = next.rows.length - (end - 1) * TILE_N;
+            const int behind = next.rows.length - (seen - 1) * TILE_N;
             if (behind < TILE_N) {
                 wait_values();
                 clear_values(values(), behind, warpgroup);
             }
         }
-        int n = end - 2;
+        int n = seen - 2;
         if constexpr (MASK) {
             for (const int first = max(begin, min(next.tiles.whole_end, end)); n >= first; --n) step(n, n == begin, Constant<true>());
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,17 +24,14 @@ class Kind(str, Enum):
     decode = "decode"
 
 
-RUN = {Kind.prefill: bench_prefill.run, Kind.decode: bench_decode.run}
-
-
 def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
             metavar="[prefill|decode]",
-            help="prefill: 36 shapes of 16k tokens, heads * head_dim = 2048, in TFLOP/s. decode: 40 shapes of a paged "
-            "cache, block sizes, FP8, uneven lengths, append and shared prefix, beside the fastest read of as many "
-            "bytes.",
+            help="prefill: 36 shapes of 16k tokens, heads * head_dim = 2048, and GQA, packed sequences, paged caches, "
+            "in TFLOP/s. decode: 40 shapes of a paged cache, block sizes, FP8, uneven lengths, append and shared "
+            "prefix, beside the fastest read of as many bytes.",
         ),
     ] = Kind.prefill,
     json_path: Annotated[
@@ -51,10 +49,18 @@ def bench(
             "--contenders",
             metavar="NAMES",
             help=f"With commas between, some of {', '.join(bench_prefill.CONTENDERS)}; for decode of "
-            f"{', '.join(bench_decode.CONTENDERS)}. auto: all that can be imported, but for prefill not flashinfer, "
-            "which compiles for minutes.",
+            f"{', '.join(bench_decode.CONTENDERS)}. auto: all that can be imported, but for prefill flashinfer, which "
+            "compiles for minutes, only where FLASHINFER_DISABLE_JIT is set.",
         ),
     ] = "auto",
+    cells: Annotated[
+        str,
+        typer.Option(
+            "--cells",
+            metavar="NAMES",
+            help=f"Of prefill, with commas between, some of {', '.join(bench_prefill.SECTIONS)}, or all.",
+        ),
+    ] = "all",
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, metavar="N", help="Times that each cell is gone through.")
     ] = 3,
@@ -79,6 +85,9 @@ def bench(
     console = Console()
     if tiles_path is not None and kind is not Kind.prefill:
         raise typer.BadParameter(f"got it with {kind.value}, expected it with prefill alone", param_hint="--tiles")
+    sections = bench_prefill.sections_of(cells)
+    if cells != "all" and kind is not Kind.prefill:
+        raise typer.BadParameter(f"got it with {kind.value}, expected it with prefill alone", param_hint="--cells")
     if plot_path is not None:
         new_figure()  # refused now, not after minutes of measuring
     if (reason := why_no_gpu()) is not None:
@@ -93,7 +102,8 @@ def bench(
         record = {"machine": machine, **sweep(cupy, EventTimer(cupy), console)}
         tiles_path.write_text(json.dumps(record, indent=1) + "\n")
         return
-    report = RUN[kind](cupy, machine["gpu"], contenders, rounds, quick, host, console)
+    run = partial(bench_prefill.run, sections=sections) if kind is Kind.prefill else bench_decode.run
+    report = run(cupy, machine["gpu"], contenders, rounds, quick, host, console)
     if json_path is not None:
         record = {"machine": machine | {"clocks_after": clocks(cupy)}, **report.record}
         json_path.write_text(json.dumps(record, indent=1) + "\n")

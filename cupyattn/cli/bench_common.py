@@ -300,3 +300,23 @@ def clocks(cupy: ModuleType) -> dict[str, float] | None:
         }
     except Exception:  # without pynvml, or in a container that hides the management interface, nothing is lost
         return None
+
+
+def clocks_under_load(cupy: ModuleType, call: Call, ms: float, seconds: float = 0.25) -> dict[str, float] | None:
+    """The same after a call, which takes so many milliseconds, has run over and over, and while it still does."""
+    if clocks(cupy) is None:
+        return None
+    calls = max(1, int(50 / ms))  # as many are always ahead of the one that is waited for
+    running = None
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for _ in range(calls):
+            call()
+        ahead = cupy.cuda.Event()
+        ahead.record()
+        if running is not None:
+            running.synchronize()
+        running = ahead
+    sample = clocks(cupy)
+    cupy.cuda.Device().synchronize()
+    return sample

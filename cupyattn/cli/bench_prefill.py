@@ -51,6 +51,7 @@ from .bench_common import (
     summary,
     wrong_cells,
 )
+from .device import to_host
 from .progress import progress_bars
 from .tolerance import tolerance_of
 
@@ -341,14 +342,16 @@ def _fa4(case: Case) -> Call:
     import torch
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    longest, causal = int(case.cell.lengths().max()), case.cell.causal
-    packed = case.cell.uneven
+    cell = case.cell
     case = case.map(torch.from_dlpack)
-    call = partial(flash_attn_func, case.q, case.k, case.v, causal=causal)
-    if packed:
+    arrays = case.q, case.k, case.v
+    if cell.uneven:
+        longest = int(cell.lengths().max())
         lengths = dict(cu_seqlens_q=case.cu_seqlens, cu_seqlens_k=case.cu_seqlens)
-        longest_of = dict(max_seqlen_q=longest, max_seqlen_k=longest)
-        call = partial(flash_attn_varlen_func, case.q, case.k, case.v, **lengths, **longest_of, causal=causal)
+        lengths |= dict(max_seqlen_q=longest, max_seqlen_k=longest)
+        call = partial(flash_attn_varlen_func, *arrays, **lengths, causal=cell.causal)
+    else:
+        call = partial(flash_attn_func, *arrays, causal=cell.causal)
 
     def output() -> Any:
         out = call()
@@ -503,14 +506,14 @@ def spot_check(cupy: ModuleType, case: Case, out: Any, spots: int = 3, rows: int
             keys += stop - queries
         first = int(cell.starts()[b])
         at = slice(first + start, first + stop), slice(h, h + 1)
-        host_q, host_out = (cupy.ascontiguousarray(x[at]).get()[None] for x in (q, out))
-        host_k, host_v = (rows_of(cupy, case, x, b, h // (cell.heads // cell.kv_heads), keys) for x in (case.k, case.v))
+        host_q, host_out = (to_host(x[at])[None] for x in (q, out))
+        host_k, host_v = (rows_of(case, x, b, h // (cell.heads // cell.kv_heads), keys) for x in (case.k, case.v))
         exact = attention(host_q, host_k, host_v, causal=cell.causal, kernel="numpy_float64")
         worst = max(worst, float(np.abs(host_out.astype(np.float64) - exact).max()) / tolerance_of(host_v))
     return worst
 
 
-def rows_of(cupy: ModuleType, case: Case, array: Any, sequence: int, kv_head: int, count: int) -> np.ndarray:
+def rows_of(case: Case, array: Any, sequence: int, kv_head: int, count: int) -> np.ndarray:
     """The first keys (or values) of one head of one sequence, on the host as (1, count, 1, head_dim)."""
     cell = case.cell
     heads = array.view(np.uint16)[..., kv_head, :]
@@ -520,7 +523,7 @@ def rows_of(cupy: ModuleType, case: Case, array: Any, sequence: int, kv_head: in
         rows = heads[int(cell.starts()[sequence]) :]
     else:
         rows = heads[sequence]
-    return cupy.ascontiguousarray(rows[:count]).get().view(ml_dtypes.bfloat16)[None, :, None]
+    return to_host(rows[:count]).view(ml_dtypes.bfloat16)[None, :, None]
 
 
 def host_times(cupy: ModuleType) -> dict[str, dict[str, float]]:
@@ -581,16 +584,16 @@ def shares_of_dense(results: Results) -> dict[Cell, float]:
 
 def as_record(measured: Measured, host_us: dict[str, dict[str, float]], rounds: int) -> dict[str, Any]:
     """Everything that was measured, ready for JSON; the grid stands for itself, other sections by their names."""
-    sections = {
-        name: section_record(results, measured.clocks) for name, results in by_section(measured.results).items()
-    }
+    sections = by_section(measured.results)
+    records = {name: section_record(results, measured.clocks) for name, results in sections.items()}
+    grid = records.pop("grid", {"cells": [], "summary": {}})
     return {
         "protocol": {
             "dtype": "bfloat16",
             "tokens": TOKENS,
             "heads_times_head_dim": WIDTH,
-            "flops": "4 * batch * heads * seqlen**2 * head_dim, half of it when causal; "
-            "seqlen * seqlen_k, less seqlen**2 / 2 when causal, where there are more keys than queries",
+            "flops": "4 * heads * head_dim * pairs, where the pairs of a sequence are seqlen * seqlen_k, "
+            "less seqlen**2 / 2 when causal",
             "uneven": f"log-normal lengths, sigma {SIGMA:g}, all of one seed",
             "of_dense": "TFLOP/s of cupyattn over its own with equal lengths, as many FLOPs, and keys in one piece",
             "checks": f"in a few places against float64, with queries {CHECK_SCALE:g} times as large as those timed",
@@ -601,8 +604,8 @@ def as_record(measured: Measured, host_us: dict[str, dict[str, float]], rounds: 
             "ratio": "time of the peer / time of cupyattn",
             "clocks": "while the first contender of the cell, or of the cells it is compared with, runs on and on",
         },
-        **sections.pop("grid", {"cells": [], "summary": {}}),
-        **sections,
+        **grid,
+        **records,
         "host": {"shape": list(HOST_SHAPE), "dtype": "float16", **host_us},
     }
 
