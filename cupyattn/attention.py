@@ -89,7 +89,8 @@ def attention(
     Args:
         q: (batch, seqlen_q, heads, head_dim), head_dim 1 to 256.
         k, v: (batch, seqlen_k, kv_heads, head_dim), where kv_heads divides heads: query head h reads
-            key/value head h // (heads // kv_heads).
+            key/value head h // (heads // kv_heads). v may have a head_dim of its own, 1 to 256, which is then that of
+            the output; on CUDA forward_sm90 and forward_simt take that.
         causal: query i sees keys j <= i + seqlen_k - seqlen_q: the last query sees every key.
         window: (left, right), how many keys before and after its diagonal a query sees besides it; -1 for
             unbounded, None for no window. causal makes right 0.
@@ -98,14 +99,15 @@ def attention(
         alibi_slopes: float32 (heads,) or (batch, heads); the score loses slope * |i + seqlen_k - seqlen_q - j|.
         sinks: float32 (heads,), one more logit for each head, that takes its share of the softmax and adds no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
-        out: an array of q's shape and dtype to write into, apart in memory from q, k and v.
+        out: an array of the result's shape and q's dtype to write into, apart in memory from q, k and v.
         kernel: "auto", or on CUDA "decode", "forward_sm90", "forward_sm80" or "forward_simt", on the CPU "numpy" or
             "numpy_float64" (computes in, and returns, float64).
         check: check the contents of index arrays; of no effect here, where there are none.
 
     Returns:
-        An array of q's shape and dtype in q's library (`out` itself if given); with return_lse a pair of it and the
-        lse, float32 (batch, heads, seqlen_q). A query that sees no key gives zeros and lse -inf.
+        An array (batch, seqlen_q, heads, head_dim of v) of q's dtype in q's library (`out` itself if given); with
+        return_lse a pair of it and the lse, float32 (batch, heads, seqlen_q). A query that sees no key gives zeros and
+        lse -inf.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
@@ -164,7 +166,7 @@ def attention_varlen(
         q: (total_q, heads, head_dim). q, k and v may each be a RaggedArray, which brings its own cu_seqlens.
         k, v: (total_k, kv_heads, head_dim), packed by cu_seqlens_k; or with block_table the blocks of a paged cache,
             (num_blocks, block_size, kv_heads, head_dim) for layout "NHD", (num_blocks, kv_heads, block_size,
-            head_dim) for "HND".
+            head_dim) for "HND". v's head_dim may be its own, as in `attention`.
         cu_seqlens_q: int32 (batch + 1,), starting at 0, never decreasing, at most total_q.
         cu_seqlens_k: the same for k, by default cu_seqlens_q if k has as many rows. With block_table only its
             differences count, as lengths.
@@ -180,8 +182,8 @@ def attention_varlen(
             Blocks that no query can see, behind a window or in the padding, may have any entry.
 
     Returns:
-        An array of q's shape and dtype, a RaggedArray if q is one; with return_lse also the lse, float32 (heads,
-        total_q).
+        An array (total_q, heads, head_dim of v) of q's dtype, a RaggedArray if q is one; with return_lse also the lse,
+        float32 (heads, total_q).
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
@@ -287,8 +289,10 @@ def attention_with_kvcache(
         q: (batch, seqlen_q, heads, head_dim).
         k_cache, v_cache: (entries, capacity, kv_heads, head_dim); or with block_table the blocks of a paged cache,
             (num_blocks, block_size, kv_heads, head_dim) for layout "NHD", (num_blocks, kv_heads, block_size,
-            head_dim) for "HND". JAX arrays can be read, but not appended to: they are immutable.
-        k, v: (batch, seqlen_new, kv_heads, head_dim) to append; then cache_seqlens must be given.
+            head_dim) for "HND". v_cache may have a head_dim of its own, as v in `attention`, but on CUDA not in FP8.
+            JAX arrays can be read, but not appended to: they are immutable.
+        k, v: (batch, seqlen_new, kv_heads, head_dim) to append, each with its cache's head_dim; then cache_seqlens must
+            be given.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), of q's dtype or float32, to rotate q and k by: the first
             rotary_dim elements of every head. New row i is at position cache_seqlens + i; so is query i under causal
             or a window, and else every query is at cache_seqlens. Needs k and v. The cache holds rotated keys;
@@ -312,7 +316,8 @@ def attention_with_kvcache(
         num_splits: into how many pieces at most each sequence's keys are cut on CUDA; 0 for what suits the GPU.
 
     Returns:
-        An array of q's shape and dtype; with return_lse also the lse, float32 (batch, heads, seqlen_q).
+        An array (batch, seqlen_q, heads, head_dim of v_cache) of q's dtype; with return_lse also the lse, float32
+        (batch, heads, seqlen_q).
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
@@ -378,8 +383,10 @@ def append_kv(
 
     Args:
         k_cache, v_cache: (entries, capacity, kv_heads, head_dim), or with block_table the blocks of a paged cache,
-            as in `attention_with_kvcache`; writable, and without a common element (halves of one array may interleave).
-        k, v: (batch, seqlen_new, kv_heads, head_dim), or with cu_seqlens_new packed (total, kv_heads, head_dim).
+            as in `attention_with_kvcache`, v_cache with a head_dim of its own or k_cache's; writable, and without a
+            common element (parts of one array may interleave).
+        k, v: (batch, seqlen_new, kv_heads, head_dim), or with cu_seqlens_new packed (total, kv_heads, head_dim), each
+            with its cache's head_dim.
         cache_seqlens: tokens that each sequence holds already: int32 (batch,), or an int for all; None for 0. It is
             not changed.
         cu_seqlens_new: int32 (batch + 1,), starting at 0: rows cu_seqlens_new[b] to cu_seqlens_new[b + 1] of k and v
@@ -425,12 +432,16 @@ def append_kv(
 # ------------------------------------------------------------------------- what is prepared for a form of call
 
 
+CacheForm = tuple[tuple[int, ...], tuple[int, ...], int, int, int]
+"""Shape and strides of two caches without their last axes, those of k_cache and v_cache, itemsize."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extents:
     """Where an append reads and writes, relative to its arrays' addresses."""
 
     reaches: tuple[int, ...]  # bytes from pointer to lowest and behind highest, of k_cache, v_cache, k, v and q
-    form: tuple[tuple[int, ...], tuple[int, ...], int] | None  # shape, strides and itemsize if the caches share them
+    form: CacheForm | None  # if the caches share their strides
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +450,7 @@ class Call:
 
     problem: Problem
     run: Callable[[Operands, int], None]
+    out_shape: tuple[int, ...]
     out_dtype: str
     lse_shape: tuple[int, ...]
     lse_dtype: str
@@ -537,6 +549,7 @@ def prepare_call(operands: Operands, options: tuple, names: tuple[str, str, str]
     return Call(
         problem,
         run,
+        (*q.shape[:-1], problem.head_dim_v),
         "float64" if precise else q.dtype,
         (problem.num_heads, problem.total_q) if packed else (problem.batch, problem.num_heads, problem.seqlen_q),
         "float64" if precise else "float32",
@@ -652,7 +665,8 @@ def _extents(append: Append, operands: AppendOperands, q: View | None) -> Extent
         reaches += reach(found.shape, found.strides, ITEMSIZE[found.dtype])
     reaches += (0, 0) if q is None else reach(q.shape, q.strides, ITEMSIZE[q.dtype])
     alike = append.cache.k_strides == append.cache.v_strides
-    return Extents(tuple(reaches), (cache.shape, cache.strides, append.kv_itemsize) if alike else None)
+    form = cache.shape[:-1], cache.strides[:-1], append.head_dim, append.head_dim_v, append.kv_itemsize
+    return Extents(tuple(reaches), form if alike else None)
 
 
 def check_caches(problem: Problem, operands: Operands) -> None:
@@ -697,12 +711,16 @@ def _refuse_rows(name: str, cache: str) -> NoReturn:
 
 
 @lru_cache(maxsize=4096)
-def _interleaved(form: tuple[tuple[int, ...], tuple[int, ...], int] | None, difference: int) -> bool:
-    """Whether two arrays of one form, `difference` bytes apart, are the halves of a larger one without a collision."""
+def _interleaved(form: CacheForm | None, difference: int) -> bool:
+    """Whether two caches of one form, `difference` bytes apart, are parts of a larger array without a collision."""
     if form is None:
         return False
-    shape, strides, itemsize = form
-    return distinct((2, *shape), (difference // itemsize, *strides))
+    shape, strides, *columns, itemsize = form
+    step = difference // itemsize
+    if distinct((2, *shape, max(columns)), (step, *strides, 1)):
+        return True
+    first, second = columns if step > 0 else reversed(columns)  # of one row, if they lie side by side there
+    return first <= abs(step) and distinct((*shape, abs(step) + second), (*strides, 1))
 
 
 def remember(key: tuple, prepared: Any) -> None:
@@ -772,7 +790,7 @@ def run_into_views(call: Call, operands: Operands) -> None:
     """Make what outputs there are not yet, and run. q's device is the current one."""
     q = operands.q
     if operands.out is None:
-        operands.out = empty(q, q.shape, call.out_dtype)
+        operands.out = empty(q, call.out_shape, call.out_dtype)
     if call.problem.lse:
         operands.lse = empty(q, call.lse_shape, call.lse_dtype)
     in_order(partial(call.run, operands), q, _all_operands(operands))

@@ -142,11 +142,12 @@ class DecodePlan(PlannedCall):
             block_table: int32 (batch, max_blocks).
             alibi_slopes: float32 (heads,) or (batch, heads), sinks: float32 (heads,).
             k_scale, v_scale: float32 (), (1,) or (kv_heads,); numbers were planned and need not be given again.
-            out: an array of q's shape and dtype to write into, apart in memory from q, k, v and the caches.
+            out: an array of the result's shape and dtype to write into, apart in memory from q, k, v and the caches.
 
         Returns:
-            As `attention_with_kvcache`: an array of q's shape and dtype in q's library, `out` itself if given; where
-            return_lse was planned a pair of it and the lse, float32 (batch, heads, seqlen_q).
+            As `attention_with_kvcache`: an array (batch, seqlen_q, heads, head_dim of v_cache) of q's dtype in q's
+            library, `out` itself if given; where return_lse was planned a pair of it and the lse, float32 (batch,
+            heads, seqlen_q).
 
         Raises:
             TypeError, ValueError: an argument is not as planned. The message names it, what came and what was planned.

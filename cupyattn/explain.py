@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,20 @@ from .attention import (
     check_results,
     checking,
     describe_call,
+    find_call,
     index_contents,
     lengths,
     rotary_and_scales,
+    run_into_views,
     share_cu_seqlens,
+    signatures,
     unpack_ragged,
 )
 from .kernels.operands import Operands
 from .plan import DEVICES, Device, plan
-from .problem import Problem, check_indices, check_uniform, refuse
+from .problem import Problem, check_flag, check_indices, check_uniform, refuse
 from .ragged import INT32_MAX, RaggedArray
+from .streams import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,18 @@ class Explanation:
     tile: str | None = None
     grid: int | None = None  # thread blocks
     threads: int | None = None  # of a block
-    registers: int | None = None  # of a thread
+    stages: int | None = None  # buffers of tiles of keys, and of values
+    registers: int | None = None  # of a thread, as compiled
+    registers_by_role: dict[str, int] | None = None  # of a thread, where warps of different trades trade registers
     spill_bytes: int | None = None  # of a thread
     shared_bytes: int | None = None  # of a block, static and dynamic
     blocks_per_multiprocessor: int | None = None
+    occupancy: float | None = None  # warps on a multiprocessor, of the most that it holds
     roofline_seconds: float | None = None
     bound: str | None = None  # "memory" or "compute"
     ceiling: str | None = None  # where the ceilings come from
+    measured_seconds: float | None = None  # median, caches cold
+    roofline_share: float | None = None  # roofline_seconds over measured_seconds
     defines: dict[str, int] | None = None  # compile-time values
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,15 +93,19 @@ class Explanation:
         lines += [f"  because {reason}" for reason in self.reasons]
         if self.tile is not None:
             spills = f", {counted(self.spill_bytes, 'byte')} spilled" if self.spill_bytes else ", no spills"
+            roles = ", ".join(f"{number} {role}" for role, number in (self.registers_by_role or {}).items())
             lines += [
                 f"  tile {self.tile}; {counted(self.grid, 'block')} of {counted(self.threads, 'thread')}",
-                f"  {counted(self.registers, 'register')} a thread{spills}; "
-                f"{self.shared_bytes / 1024:.1f} KiB shared memory; "
-                f"{counted(self.blocks_per_multiprocessor, 'block')} on a multiprocessor",
+                f"  {counted(self.registers, 'register')} a thread{roles and f' ({roles})'}{spills}",
+                f"  {self.shared_bytes / 1024:.1f} KiB shared memory; "
+                f"{counted(self.blocks_per_multiprocessor, 'block')} on a multiprocessor, {self.occupancy:.0%} of its "
+                "warps",
             ]
         lines.append(f"  work {_si(self.flops, 'FLOP')}, {_si(self.bytes, 'B')} at least through memory")
         if self.roofline_seconds is not None:
             lines.append(f"  roofline {_time(self.roofline_seconds)}, bound by {self.bound} (ceilings: {self.ceiling})")
+        if self.measured_seconds is not None:
+            lines.append(f"  measured {_time(self.measured_seconds)}, {self.roofline_share:.1%} of that speed")
         return "\n".join(lines)
 
 
@@ -131,8 +144,9 @@ def explain(
     out: Any = None,
     kernel: str = "auto",
     check: bool | None = None,
+    measure: bool = False,
 ) -> Explanation:
-    """What the call with these arguments would run, without running it.
+    """What the call with these arguments would run, without running it unless `measure` says so.
 
     Takes what `attention`, `attention_varlen` and `attention_with_kvcache` take, the arrays q, k (or k_cache) and v
     (or v_cache) by position: with cu_seqlens_q it is attention_varlen, else with anything of a cache
@@ -141,6 +155,8 @@ def explain(
 
     arch: explain for a chip that need not be present, such as "80", "90a", "sm_90" or 9.0; by default the arrays' own
         device.
+    measure: also run the call some dozen times, with cold caches, and say what share of the roofline's speed it has.
+        New rows are stored, and `out` is written. Needs arrays on a GPU.
     Raises TypeError or ValueError as the explained call would.
 
     >>> import numpy as np
@@ -187,6 +203,10 @@ def explain(
         share_cu_seqlens(operands)
 
     device = None if arch is None else _device_of(arch)
+    if check_flag("measure", measure) and device is not None:
+        refuse("measure", f"True with arch {arch!r}", "arch None: only a GPU that is here can be measured")
+    if measure and operands.q.device < 0:
+        refuse("measure", f"True for arrays on {device_name(operands.q.device)}", "arrays on a GPU")
     known, where = (CUDA_KERNELS, f"arrays on {device_name(operands.q.device)}")
     if device is not None:
         where = f"sm_{device.arch}"
@@ -208,7 +228,7 @@ def explain(
 
     seqlens_q, seqlens_k = _lengths(problem, contents)
     pairs = sum(_visible_pairs(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
-    flops = 4 * pairs * problem.num_heads * problem.head_dim
+    flops = 2 * pairs * problem.num_heads * (problem.head_dim + problem.head_dim_v)
     seen = sum(_keys_seen(int(m), int(n), problem.window) for m, n in zip(seqlens_q, seqlens_k, strict=True))
     moved = _moved_bytes(problem, seen)
     if device is None and operands.q.device >= 0:
@@ -222,7 +242,23 @@ def explain(
         name = "numpy" if kernel == "auto" else kernel
         reason = "the arrays are on the CPU: NumPy in blocks, memory linear in the lengths"
         return Explanation(name, place, (reason,), in_words(problem), flops, moved)
-    return _explain_launch(problem, device, kernel, flops, moved)
+    explanation = _explain_launch(problem, device, kernel, flops, moved)
+    if not measure:
+        return explanation
+    seconds = _measure(operands, options, names)
+    return replace(explanation, measured_seconds=seconds, roofline_share=explanation.roofline_seconds / seconds)
+
+
+def _measure(operands: Operands, options: tuple, names: tuple[str, str, str]) -> float:
+    """Seconds of this call on the GPU, on the current stream of q's library."""
+    import cupy
+
+    from .kernels.launch import on_stream_of
+    from .timing import EventTimer
+
+    call = find_call(operands, options, signatures(operands), names)
+    with device_of(operands.q), on_stream_of(operands.q):
+        return EventTimer(cupy)(lambda: run_into_views(call, operands)) / 1e3
 
 
 def _device_of(arch: str | int | float) -> Device:
@@ -240,6 +276,9 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
     made = plan(problem, device, kernel)
     meta = cache.fetch(made.kernel, made.defines, device.arch).meta
     shared = made.shared_bytes + meta["shared_bytes"]
+    blocks = _blocks(device, made.threads, meta["registers"], shared)
+    defines = dict(made.defines)
+    roles = {"loading": "PRODUCER_REGISTERS", "computing": "CONSUMER_REGISTERS"}
     ceiling = _ceiling(device)
     rate = ceiling.float_flops if made.kernel == "forward_simt" else ceiling.matrix_flops
     compute, memory = flops / rate, moved / ceiling.bytes_per_second
@@ -254,14 +293,17 @@ def _explain_launch(problem: Problem, device: Device, kernel: str, flops: int, m
         f"{counted(made.warps, 'warp')}, {counted(made.stages, 'stage')}",
         grid=made.grid,
         threads=made.threads,
+        stages=made.stages,
         registers=meta["registers"],
+        registers_by_role={role: defines[name] for role, name in roles.items() if name in defines} or None,
         spill_bytes=meta["spill_bytes"],
         shared_bytes=shared,
-        blocks_per_multiprocessor=_occupancy(device, made.threads, meta["registers"], shared),
+        blocks_per_multiprocessor=blocks,
+        occupancy=blocks * made.threads / _most_threads(device),
         roofline_seconds=max(compute, memory),
         bound="compute" if compute > memory else "memory",
         ceiling=ceiling.source,
-        defines=dict(made.defines),
+        defines=defines,
     )
 
 
@@ -273,13 +315,17 @@ def _ceiling(device: Device) -> Ceiling:
     return (named + same + [ceiling for _, _, ceiling in known])[0]
 
 
-def _occupancy(device: Device, threads: int, registers: int, shared: int) -> int:
+def _most_threads(device: Device) -> int:
+    """Threads that one multiprocessor holds."""
+    return {75: 1024, 86: 1536, 89: 1536, 120: 1536}.get(device.capability, 2048)
+
+
+def _blocks(device: Device, threads: int, registers: int, shared: int) -> int:
     """Blocks that one multiprocessor holds: registers go to warps in units of 256, shared memory has 1 KiB on top."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = (64 << 10) // per_warp // (threads // 32)
     by_shared = device.shared_per_multiprocessor // (shared + 1024)
-    most_threads = {75: 1024, 86: 1536, 89: 1536, 120: 1536}.get(device.capability, 2048)
-    return min(by_registers, by_shared, most_threads // threads)
+    return min(by_registers, by_shared, _most_threads(device) // threads)
 
 
 def _lengths(problem: Problem, contents: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -321,8 +367,8 @@ def _keys_seen(seqlen_q: int, seqlen_k: int, window: tuple[int, int]) -> int:
 def _moved_bytes(problem: Problem, keys: int) -> int:
     rows = problem.total_q * problem.num_heads
     lse = 4 * rows if problem.lse else 0
-    keys_and_values = 2 * keys * problem.num_kv_heads * problem.head_dim * problem.kv_itemsize
-    return 2 * rows * problem.head_dim * problem.itemsize + keys_and_values + lse
+    columns = problem.head_dim + problem.head_dim_v  # of a key and its value, and of a query and its output
+    return columns * (rows * problem.itemsize + keys * problem.num_kv_heads * problem.kv_itemsize) + lse
 
 
 def in_words(problem: Problem) -> str:
@@ -332,7 +378,8 @@ def in_words(problem: Problem) -> str:
         problem.cache.kind
     ]
     heads = f"{counted(problem.num_heads, 'head')} over {counted(problem.num_kv_heads, 'kv head')}"
-    numbers = f"head_dim {problem.head_dim}, {problem.dtype}"
+    of_values = f" ({problem.head_dim_v} of v)" if problem.head_dim_v != problem.head_dim else ""
+    numbers = f"head_dim {problem.head_dim}{of_values}, {problem.dtype}"
     if problem.kv_dtype != problem.dtype:
         numbers += f" over a {problem.kv_dtype} cache"
     return f"batch {problem.batch}, {counted(rows, kind)}, {keys} keys, {heads}, {numbers}"

@@ -90,7 +90,7 @@ class HopperTile:
     keys: int  # per step
     stages: int  # buffers of K, and of V
     query_stages: int  # buffers of Q
-    out_columns: int  # of the output that lie in shared memory on their way to memory
+    out_columns: int  # of the output that at most lie in shared memory on their way to memory
 
     @property
     def rows(self) -> int:
@@ -101,15 +101,21 @@ class HopperTile:
     def warps(self) -> int:
         return 4 * (self.consumers + 1)
 
-    @property
-    def registers(self) -> tuple[int, int]:
+    def registers(self, paged: bool, gather: bool) -> tuple[int, int]:
         """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
-        return (40, 232) if self.consumers == 2 else (32, 160)
+        if self.consumers == 3:
+            return 32, 160
+        return (72, 216) if gather else (56, 224) if paged else (40, 232)
 
-    def shared_bytes(self, head_dim: int) -> int:
-        columns = _round_up(head_dim, BLOCK_COLUMNS)
-        rows = self.query_stages * self.rows + 2 * self.stages * self.keys
-        return (rows * columns + self.rows * self.out_columns) * 2 + SWIZZLE_BYTES
+    def out_blocks(self, head_dim_v: int) -> int:
+        """The output's columns in shared memory in blocks, of which those of a row are a multiple."""
+        return math.gcd(self.out_columns // BLOCK_COLUMNS, _ceil_div(head_dim_v, BLOCK_COLUMNS))
+
+    def shared_bytes(self, head_dim: int, head_dim_v: int) -> int:
+        columns, v_columns = (_round_up(dim, BLOCK_COLUMNS) for dim in (head_dim, head_dim_v))
+        keys = self.stages * self.keys
+        rows = (self.query_stages * self.rows + keys) * columns + keys * v_columns
+        return (rows + self.rows * self.out_blocks(head_dim_v) * BLOCK_COLUMNS) * 2 + SWIZZLE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +200,11 @@ PRODUCT_ROWS = 64  # of one warpgroup's product on Hopper
 BLOCK_COLUMNS = 64  # of a tile's rows, which lie side by side
 SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
 SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
-# Tiles of forward_sm90 by the largest head dimension that they serve: without a mask, and with one.
+# Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, and with one.
+# Block tables leave a warp that loads too few registers beside three warpgroups that compute.
+HOPPER_PAGED_TILE = HopperTile(2, 128, 3, 2, 64)  # up to 64 dimensions
 HOPPER_TILES = (
-    (64, HopperTile(3, 128, 2, 2, 64), HopperTile(3, 128, 2, 2, 64)),
+    (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 128, 3, 2, 64)),
     (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
     (128, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
     (192, HopperTile(2, 96, 2, 1, 64), HopperTile(2, 96, 2, 1, 64)),
@@ -230,6 +238,12 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
+# Blocks of forward_sm90 take tiles as they come: under a mask a section has so many for each, if its keys fit L2. On an
+# H200, 512 causal: 64 pairs have 1.04 times the speed of 32 with 128 dimensions, and 1.06 with 64; with 256, where the
+# keys of 132 pairs are 69 MB, those have 0.87.
+HOPPER_SECTION_TILES = 3
+HOPPER_SECTION_BYTES = 32 << 20
+HOPPER_SECTION = 4  # pairs at least
 FULL_SECTION = 1
 # Blocks that share the keys of a tile, where tiles leave half of the multiprocessors idle: as many as run at once, two
 # to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
@@ -277,11 +291,18 @@ def plan(
     elif name == "forward_sm90":
         splits = _most_splits(problem)
         if tile is None:
-            tile = next(pair for limit, *pair in HOPPER_TILES if problem.head_dim <= limit)[masked]
+            wider = max(problem.head_dim, problem.head_dim_v)
+            tile = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)[masked]
+            if problem.cache.kind == "paged" and tile.consumers == 3:
+                tile = HOPPER_PAGED_TILE
         group = _packed_group(problem, tile.rows, typical_rows)
         group = group if group <= PRODUCT_ROWS else 1
-        reasons = [why]
-        shared = tile.shared_bytes(problem.head_dim)
+        reasons = [
+            why,
+            f"{tile.consumers} warpgroups compute {PRODUCT_ROWS} rows each, one warp loads keys up to {tile.stages} "
+            f"tiles of {tile.keys} ahead and others store results",
+        ]
+        shared = tile.shared_bytes(problem.head_dim, problem.head_dim_v)
     else:
         padded = _round_up(problem.head_dim, 16)
         splits = _most_splits(problem)
@@ -308,6 +329,8 @@ def plan(
         tiles_per_sequence = _ceil_div(problem.seqlen_q * group, rows)
         if pairs_per_section is None:
             pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
+            if masked and name == "forward_sm90":
+                pairs_per_section = _hopper_section(problem, device, tiles_per_sequence, heads)
         pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
         most = (1 if name == "forward_sm90" else SPLIT_BLOCKS) * device.multiprocessors // max(grid, 1)
@@ -320,7 +343,7 @@ def plan(
     if splits > 1:
         grid *= splits
         results = problem.total_q * problem.num_heads
-        workspace_bytes = COUNTER_BYTES + 4 * results * (splits * problem.head_dim + splits + 1)
+        workspace_bytes = COUNTER_BYTES + 4 * results * (splits * problem.head_dim_v + splits + 1)
         reasons.append(f"{splits} blocks share the keys of a tile, and a second kernel merges what they find")
     if grid >= 2**31:
         refuse(
@@ -354,6 +377,13 @@ def plan(
     )
 
 
+def _hopper_section(problem: Problem, device: Device, tiles_per_sequence: int, heads: int) -> int:
+    """(sequence, head) pairs whose tiles the blocks of forward_sm90 take together under a mask."""
+    pair_bytes = 2 * problem.cache.rows * (problem.head_dim + problem.head_dim_v) * problem.num_kv_heads // heads
+    enough = HOPPER_SECTION_TILES * device.multiprocessors // max(tiles_per_sequence, 1)
+    return max(HOPPER_SECTION, min(enough, HOPPER_SECTION_BYTES // max(pair_bytes, 1)))
+
+
 def _leaves_idle(blocks: int, device: Device) -> bool:
     """Whether so many blocks leave half of the multiprocessors without work."""
     return 0 < 2 * blocks <= device.multiprocessors
@@ -384,7 +414,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         obstacle = f"sm_{device.arch} has no 16-bit matrix instructions that the tensor-core kernel knows"
     elif device.capability < 80 and problem.dtype == "bfloat16":
         obstacle = f"sm_{device.arch} has no bfloat16 matrix instructions"
-    no_decode = obstacle
+    no_sm80 = obstacle or ("head_dim_v differs from head_dim" if problem.head_dim_v != problem.head_dim else "")
+    no_decode = no_sm80
     if device.capability < 80:
         no_decode = f"sm_{device.arch} has no asynchronous copies"
     elif problem.batch > DECODE_BATCH:
@@ -404,8 +435,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
     no_hopper = obstacle or _hopper_obstacle(problem, device)
     if kernel == "forward_sm90" and no_hopper:
         refuse("kernel", "'forward_sm90'", f"'auto' or another kernel: {no_hopper}")
-    if kernel == "forward_sm80" and obstacle:
-        refuse("kernel", "'forward_sm80'", f"'auto' or 'forward_simt': {obstacle}")
+    if kernel == "forward_sm80" and no_sm80:
+        refuse("kernel", "'forward_sm80'", f"'auto' or 'forward_simt': {no_sm80}")
     if kernel != "auto":
         return kernel, "asked for by name"
     if not no_decode and problem.seqlen_q <= MOST_DECODE_QUERIES:
@@ -419,6 +450,8 @@ def choose_kernel(problem: Problem, device: Device, kernel: str = "auto") -> tup
         return "forward_sm90", f"{problem.dtype} on sm_{device.arch} takes wgmma and the copy engine{instead}"
     if device.capability == 90:
         instead += f", not forward_sm90: {no_hopper}"
+    if no_sm80:
+        return "forward_simt", f"{no_sm80}, not forward_sm90: {no_hopper}" if device.capability == 90 else no_sm80
     return "forward_sm80", f"{problem.dtype} on sm_{device.arch} takes the tensor cores{instead}"
 
 
@@ -427,24 +460,25 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str:
     cache = problem.cache
     if device.capability != 90:
         return f"sm_{device.arch} is no Hopper"
-    if problem.head_dim % 8 or problem.head_dim > HOPPER_TILES[-1][0]:
+    dims = problem.head_dim, problem.head_dim_v
+    if any(dim % 8 for dim in dims) or max(dims) > HOPPER_TILES[-1][0]:
         return f"its head dimensions are multiples of 8 up to {HOPPER_TILES[-1][0]}"
     if problem.alignment < 16 or problem.out_alignment < 16:
         return "the copy engine wants rows at multiples of 16 bytes"
     if not cache.entries or not cache.rows:
         return "there are no keys"
-    if cache.kind == "paged" and problem.leftpad:
-        return "left padding shifts rows against the blocks of a paged cache"
-    if cache.kind == "paged" and cache.block_size % SMALLEST_BOX:
-        return f"blocks of {cache.block_size} rows are no multiple of {SMALLEST_BOX}"
     if min(*problem.q_strides, *problem.o_strides, *cache.k_strides, *cache.v_strides) < 0:
         return "the copy engine knows no negative strides"
     return ""
 
 
 def _box_rows(problem: Problem, keys: int) -> int:
-    """Rows of a tile of keys that one copy brings: all, or as many as lie in one block of a paged cache."""
-    return math.gcd(keys, problem.cache.block_size) if problem.cache.kind == "paged" else keys
+    """Rows of a tile of keys that one copy brings: all, or as many as lie in one block of a paged cache; 0 where those
+    are too few, or left padding shifts them against the blocks."""
+    if problem.cache.kind != "paged":
+        return keys
+    rows = math.gcd(keys, problem.cache.block_size)
+    return rows if rows >= SMALLEST_BOX and not problem.leftpad else 0
 
 
 def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
@@ -453,7 +487,7 @@ def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
     decode is made for few query rows: it reads keys from shared memory once for every 8 or 16 of them. From
     `PREFIX_ROWS` rows of a kv head on the forward kernel's larger tiles are faster, and split the keys too.
     """
-    if own.dtype == "float32" or device.capability < 80:
+    if own.dtype == "float32" or own.head_dim_v != own.head_dim or device.capability < 80:
         return "auto"
     rows = own.batch * own.seqlen_q * own.group
     return "decode" if rows < PREFIX_ROWS or sinks or own.kv_itemsize == 1 else "forward_sm80"
@@ -660,11 +694,12 @@ def _rotary_defines(rotary: Rotary | None) -> Defines:
 
 def plan_append(append: Append) -> tuple[Defines, int, int]:
     """Compile-time values, grid and threads of one append."""
-    vector, parts = _parts(append.head_dim, append.alignment // append.itemsize, append.rotary)
+    vector, parts = _parts(append.head_dim, append.alignment // append.itemsize, append.rotary, append.head_dim_v)
     defines = (
         ("DTYPE", DTYPE_CODES[append.dtype]),
         ("KV_DTYPE", DTYPE_CODES[append.kv_dtype]),
         ("HEAD_DIM", append.head_dim),
+        ("HEAD_DIM_V", append.head_dim_v),
         ("VECTOR", vector),
         ("PACKED_NEW", int(append.packed_new)),
         ("CACHE_KIND", CACHE_CODES[append.cache.kind]),
@@ -706,10 +741,11 @@ def plan_merge(merge: Merge, states: int, from_float32: bool, to_float32: bool) 
     return defines, _ceil_div(rows * parts, PART_THREADS), PART_THREADS
 
 
-def _parts(head_dim: int, aligned: int, rotary: Rotary | None = None) -> tuple[int, int]:
-    """Elements that a thread moves at once, up to the `aligned` ones that addresses allow, and the threads of a row."""
-    vector = math.gcd(max(aligned, 1), head_dim, rotary.dim // 2 if rotary is not None else 0)
-    return vector, _ceil_div(head_dim, vector if rotary is None else 2 * vector)
+def _parts(head_dim: int, aligned: int, rotary: Rotary | None = None, head_dim_v: int = 0) -> tuple[int, int]:
+    """Elements that a thread moves at once, up to the `aligned` ones that addresses allow, and the threads of a row, or
+    of a pair of rows, of which head_dim_v is the other's."""
+    vector = math.gcd(max(aligned, 1), head_dim, head_dim_v, rotary.dim // 2 if rotary is not None else 0)
+    return vector, _ceil_div(max(head_dim, head_dim_v), vector if rotary is None else 2 * vector)
 
 
 def warmup_variants(
@@ -728,8 +764,8 @@ def warmup_variants(
             for packed in (False, True):
                 strides = (0, 0, 0)
                 cache = Cache("paged", 1024, 4096, 16, 256, 256, strides, strides)
-                plain = (dtype, 1.0, "", 1.0, "", None)
-                append = Append(dtype, 8, 8, head_dim, packed, 1024, 128, cache, strides, strides, False, 16, *plain)
+                dims, plain = (head_dim, head_dim), (dtype, 1.0, "", 1.0, "", None)
+                append = Append(dtype, 8, 8, *dims, packed, 1024, 128, cache, strides, strides, False, 16, *plain)
                 found[("append_kv", plan_append(append)[0])] = None
     return list(found)
 
@@ -742,11 +778,11 @@ def _typical_problems(dtype: str, head_dim: int) -> list[Problem]:
         cache = Cache(kind, 1024, 4096, block, 256 if block else 0, 256 if block else 0, strides, strides)
         return Problem(
             dtype=dtype, kv_dtype=dtype, batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim,
-            packed_q=packed_q, total_q=batch * seqlen_q, seqlen_q=seqlen_q, seqlen_k=4096, seqlen_new=0, cache=cache,
-            q_strides=strides, o_strides=strides, window=window, softmax_scale=1.0, softcap=0.0, alibi="",
-            sinks=False, lse=False, cu_seqlens_k=kind == "packed", seqused_k=kind == "paged", cache_batch_idx=False,
-            leftpad=False, alignment=16, out_alignment=16, k_scale=1.0, k_scales="", v_scale=1.0, v_scales="",
-            num_splits=0, rotary=None, append=None,
+            head_dim_v=head_dim, packed_q=packed_q, total_q=batch * seqlen_q, seqlen_q=seqlen_q, seqlen_k=4096,
+            seqlen_new=0, cache=cache, q_strides=strides, o_strides=strides, window=window, softmax_scale=1.0,
+            softcap=0.0, alibi="", sinks=False, lse=False, cu_seqlens_k=kind == "packed", seqused_k=kind == "paged",
+            cache_batch_idx=False, leftpad=False, alignment=16, out_alignment=16, k_scale=1.0, k_scales="", v_scale=1.0,
+            v_scales="", num_splits=0, rotary=None, append=None,
         )  # fmt: skip
 
     full, causal = (UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0)
@@ -834,23 +870,26 @@ def _defines(problem: Problem, kernel: str, tile: Tile | HopperTile, group: int,
         ("ALIBI", int(bool(problem.alibi))),
     )
     if kernel == "forward_simt":
-        return (*common, ("SCALE_FIRST", 1))
+        return (*common, ("HEAD_DIM_V", problem.head_dim_v), ("SCALE_FIRST", 1))
     # A scale of 0 or less would turn the running maximum of unscaled scores into a minimum.
     scale_first = bool(problem.alibi) or problem.softmax_scale <= 0
     if hopper:
-        producer, consumer = tile.registers
         # Rows behind the last key are zeros where the array ends there, else whatever memory holds.
         ragged = problem.cache.kind != "dense" or problem.seqused_k or problem.leftpad
+        box = _box_rows(problem, tile.keys)
+        producer, consumer = tile.registers(problem.cache.kind == "paged", not box)
         return (
             *common,
+            ("HEAD_DIM_V", problem.head_dim_v),
             ("SCALE_FIRST", int(scale_first)),
             ("CONSUMERS", tile.consumers),
             ("STAGES", tile.stages),
             ("QUERY_STAGES", tile.query_stages),
-            ("OUT_BLOCKS", tile.out_columns // BLOCK_COLUMNS),
-            ("BOX_ROWS", _box_rows(problem, tile.keys)),
+            ("OUT_BLOCKS", tile.out_blocks(problem.head_dim_v)),
+            ("GATHER", int(not box)),
+            ("BOX_ROWS", box or tile.keys),
             ("LEFT", int(effective_window(problem)[0] != UNBOUNDED)),
-            ("RAGGED_KEYS", int(ragged)),
+            ("RAGGED_KEYS", int(bool(ragged and box))),
             ("PRODUCER_REGISTERS", producer),
             ("CONSUMER_REGISTERS", consumer),
             ("LOAD_BYTES", 16),

@@ -53,7 +53,7 @@ class PlannedCall:
         check_caches(call.problem, operands)
         self._checks = checking(check, operands.q.device)
         if operands.out is None:
-            operands.out = _new_array(operands.q, call.out_dtype)
+            operands.out = _new_array(operands.q, call.out_shape, call.out_dtype)
         self._forms = tuple([_form(role, operands, call) for _, role in roles])
         self._out = _form("out", operands, call)
         _, *self._numbers, _, _ = options[-1]  # scales that are numbers
@@ -137,7 +137,7 @@ class PlannedCall:
         if out is not None:
             operands.out = planned_view("out", out, self._out)
             check_writable("out", operands.out)
-        elif self._out.strides != _used_strides(_new_array(operands.q, self._out.dtype)):
+        elif self._out.strides != _used_strides(_new_array(operands.q, call.out_shape, self._out.dtype)):
             refuse_unplanned("out", None, f"one with strides {self._out.strides}")
         if self._longest is not None:
             operands.uniform_length = length
@@ -250,9 +250,9 @@ def _used_strides(found: View) -> tuple[int, ...]:
     return tuple([step if size > 1 else 0 for size, step in zip(found.shape, found.strides, strict=True)])
 
 
-def _new_array(q: View, dtype: str) -> View:
+def _new_array(q: View, shape: tuple[int, ...], dtype: str) -> View:
     """The form of the output that a call makes where none is given."""
-    return View(None, 0, q.shape, contiguous_strides(q.shape), dtype, q.device, q.library, False)
+    return View(None, 0, shape, contiguous_strides(shape), dtype, q.device, q.library, False)
 
 
 class _Addresses:

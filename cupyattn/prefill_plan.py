@@ -182,11 +182,12 @@ class PrefillPlan(PlannedCall):
             block_table: int32 (batch, max_blocks).
             alibi_slopes: float32 (heads,) or (batch, heads), sinks: float32 (heads,).
             k_scale, v_scale: float32 (), (1,) or (kv_heads,); numbers were planned and need not be given again.
-            out: an array of q's shape and dtype to write into, apart in memory from q, keys and values.
+            out: an array of the result's shape and dtype to write into, apart in memory from q, keys and values.
 
         Returns:
-            An array of q's shape and dtype in q's library, a RaggedArray if q is one, `out` itself if given; where
-            return_lse was planned a pair of it and the lse, float32 (batch, heads, seqlen_q), packed (heads, total_q).
+            An array of q's shape, but for the head_dim of the values, and of q's dtype, in q's library, a RaggedArray
+            if q is one, `out` itself if given; where return_lse was planned a pair of it and the lse, float32 (batch,
+            heads, seqlen_q), packed (heads, total_q).
 
         Raises:
             TypeError, ValueError: an argument is not as planned. The message names it, what came and what was planned.

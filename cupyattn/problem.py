@@ -39,7 +39,7 @@ class Cache:
 
     kind "dense": (batch, seqlen, kv_heads, head_dim); "packed": (total, kv_heads, head_dim); "paged":
     (num_blocks, block_size, kv_heads, head_dim) for NHD, and the two middle axes swapped for HND, which is
-    only another pair of strides.
+    only another pair of strides. The head_dim of values may be another than that of keys.
     """
 
     kind: str
@@ -91,7 +91,8 @@ class Append:
     dtype: str  # of the new rows
     batch: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of keys
+    head_dim_v: int
     packed_new: bool  # new rows are (total, kv_heads, head_dim) with cu_seqlens_new, else (batch, seqlen_new, …)
     total_new: int
     seqlen_new: int  # dense: exact. packed: total_new
@@ -125,7 +126,8 @@ class Problem:
     batch: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
+    head_dim_v: int  # of values and the output
     packed_q: bool  # q is (total_q, heads, head_dim) with cu_seqlens_q, else (batch, seqlen_q, heads, head_dim)
     total_q: int  # rows of q over the whole batch
     seqlen_q: int  # dense: exact. packed: the longest sequence if the caller said so, else total_q
@@ -208,8 +210,9 @@ def describe(
     """The `Problem` of one call. Raises ValueError or TypeError naming the argument at fault.
 
     q is 4-D (batch, seqlen_q, heads, head_dim), or 3-D (total_q, heads, head_dim) with cu_seqlens_q.
-    k and v are 4-D dense, 3-D packed with cu_seqlens_k, or 4-D paged with block_table. With k_new and v_new (4-D, q
-    dense) they are a cache that is appended to; of uniform_length, a length for all, only the presence counts here.
+    k and v are 4-D dense, 3-D packed with cu_seqlens_k, or 4-D paged with block_table, v and out with a head_dim of
+    their own. With k_new and v_new (4-D, q dense) they are a cache that is appended to; of uniform_length, a length for
+    all, only the presence counts here.
     out_dtype is what `out` must have, q's if None. The `_name`s are what the caller's signature calls the roles.
     """
     packed_q = cu_seqlens_q is not None
@@ -219,9 +222,8 @@ def describe(
         check_rank("q", q, 4, "(batch, seqlen_q, heads, head_dim)")
     _float_dtype("q", q)
     check_rows("q", q)
+    _check_head_dim("q", q)
     head_dim, num_heads = q.shape[-1], q.shape[-2]
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        refuse("q", f"head_dim {head_dim}", f"1 to {MAX_HEAD_DIM}")
     if num_heads == 0:
         refuse("q", f"shape {q.shape} with no heads", "at least one head")
 
@@ -246,6 +248,8 @@ def describe(
     kv_dtype = _kv_dtype(kv_dtype, k, q, k_name)
     names = (k_name, v_name)
     cache = _cache_geometry(k, v, q, kv_dtype, batch, cu_seqlens_k, block_table, cache_batch_idx, layout, *names)
+    head_dim_v = v.shape[-1]
+    out_shape = (*q.shape[:-1], head_dim_v)
     num_kv_heads = k.shape[1] if cache.kind == "packed" else k.shape[_heads_axis(cache, layout)]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         hint = _layout_hint(cache, layout, lambda heads: heads and num_heads % heads == 0, k.shape)
@@ -267,7 +271,7 @@ def describe(
     if max_seqlen_k is not None:
         seqlen_k = min(_length("max_seqlen_k", max_seqlen_k), seqlen_k)
     if out is not None:
-        check_output("out", out, q, out_dtype or q.dtype)
+        check_output("out", out, q, out_dtype or q.dtype, head_dim_v)
     precise = out_dtype == "float64"
     folded_window = _window(window, check_flag("causal", causal))
     scales = _scales(k_scale, v_scale, q, num_kv_heads, kv_dtype, precise)
@@ -301,6 +305,7 @@ def describe(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        head_dim_v=head_dim_v,
         packed_q=packed_q,
         total_q=total_q,
         seqlen_q=seqlen_q,
@@ -308,7 +313,7 @@ def describe(
         seqlen_new=append.seqlen_new if append is not None else 0,
         cache=cache,
         q_strides=row_strides(q, packed_q),
-        o_strides=row_strides(out, packed_q) if out is not None else contiguous_row_strides(q.shape, packed_q),
+        o_strides=row_strides(out, packed_q) if out is not None else contiguous_row_strides(out_shape, packed_q),
         window=folded_window,
         softmax_scale=_scale(softmax_scale, head_dim, precise),
         softcap=_softcap(softcap, precise),
@@ -320,7 +325,7 @@ def describe(
         cache_batch_idx=cache_batch_idx is not None,
         leftpad=cache_leftpad is not None,
         alignment=row_alignment(q, k, v),
-        out_alignment=row_alignment(out) if out is not None else contiguous_row_alignment(head_dim, q.dtype),
+        out_alignment=row_alignment(out) if out is not None else contiguous_row_alignment(head_dim_v, q.dtype),
         k_scale=scales[0],
         k_scales=scales[1],
         v_scale=scales[2],
@@ -361,9 +366,9 @@ def describe_append(
             form += ", or cu_seqlens_new for packed rows"
         check_rank(name, view, 3 if packed else 4, form)
         _float_dtype(name, view)
+        _check_head_dim(name, view)
         check_rows(name, view)
-    if v.shape != k.shape:
-        refuse("v", f"shape {v.shape}", f"k's shape {k.shape}")
+    _same_rows("v", v, "k", k)
     same_kind("v", v, k, "k")
     if k.shape[-2] == 0:
         refuse("k", f"shape {k.shape} with no heads", "at least one head")
@@ -386,8 +391,8 @@ def describe_append(
     if k_cache.shape[heads_axis] != k.shape[-2]:
         hint = _layout_hint(cache, layout, lambda heads: heads == k.shape[-2], k_cache.shape)
         refuse("k", f"{k.shape[-2]} heads", f"the cache's {k_cache.shape[heads_axis]} heads{hint}")
-    if not 1 <= k.shape[-1] <= MAX_HEAD_DIM:
-        refuse("k", f"head_dim {k.shape[-1]}", f"1 to {MAX_HEAD_DIM}")
+    if v_cache.shape[-1] != v.shape[-1]:
+        refuse("v_cache", f"head_dim {v_cache.shape[-1]}", f"{v.shape[-1]}, as in v")
     if not packed and batch and seqlen_new > cache.rows:
         refuse("k", f"{seqlen_new} new rows for a sequence", f"at most the {cache.rows} that the cache holds for one")
     for name, view in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -401,6 +406,7 @@ def describe_append(
         batch=batch,
         num_kv_heads=k.shape[-2],
         head_dim=k.shape[-1],
+        head_dim_v=v.shape[-1],
         packed_new=packed,
         total_new=total,
         seqlen_new=seqlen_new,
@@ -563,11 +569,11 @@ def _cache_geometry(
     for name, view in ((k_name, k), (v_name, v)):
         check_rank(name, view, 3 if packed else 4, form)
         _cache_kind(name, view, like, like_name, kv_dtype)
-        if view.shape[-1] != like.shape[-1]:
-            refuse(name, f"head_dim {view.shape[-1]}", f"{like.shape[-1]}, as in the other arrays")
         check_rows(name, view)
-    if v.shape != k.shape:
-        refuse(v_name, f"shape {v.shape}", f"{k_name}'s shape {k.shape}")
+    if k.shape[-1] != like.shape[-1]:
+        refuse(k_name, f"head_dim {k.shape[-1]}", f"{like.shape[-1]}, as in {like_name}")
+    _same_rows(v_name, v, k_name, k)
+    _check_head_dim(v_name, v)
     check_countable(k_name, k.shape[0], {3: "rows", 4: "sequences" if block_table is None else "blocks"}[len(k.shape)])
     if packed:
         return Cache("packed", 1, k.shape[0], 0, 0, 0, row_strides(k, True), row_strides(v, True))
@@ -600,6 +606,17 @@ def _cache_geometry(
         row_strides(k, False, swap),
         row_strides(v, False, swap),
     )
+
+
+def _same_rows(v_name: str, v: View, k_name: str, k: View) -> None:
+    """Refuse values that do not lie as the keys do. Their head_dim may be another."""
+    if v.shape[:-1] != k.shape[:-1]:
+        refuse(v_name, f"shape {v.shape}", f"{k_name}'s shape {k.shape}, but for head_dim")
+
+
+def _check_head_dim(name: str, view: View) -> None:
+    if not 1 <= view.shape[-1] <= MAX_HEAD_DIM:
+        refuse(name, f"head_dim {view.shape[-1]}", f"1 to {MAX_HEAD_DIM}")
 
 
 def _heads_axis(cache: Cache, layout: str) -> int:
@@ -827,9 +844,11 @@ def distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def check_output(name: str, out: View, q: View, dtype: str) -> None:
-    if out.shape != q.shape:
-        refuse(name, f"shape {out.shape}", f"q's shape {q.shape}")
+def check_output(name: str, out: View, q: View, dtype: str, head_dim_v: int) -> None:
+    shape = (*q.shape[:-1], head_dim_v)
+    if out.shape != shape:
+        expected = f"q's shape {shape}" if shape == q.shape else f"{shape}, q's shape but for v's head_dim"
+        refuse(name, f"shape {out.shape}", expected)
     if out.dtype != dtype:
         refuse(name, out.dtype, f"q's dtype {q.dtype}" if dtype == q.dtype else dtype, TypeError)
     _same_device(name, out, q)

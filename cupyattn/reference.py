@@ -56,9 +56,9 @@ def append(append: Append, operands: AppendOperands, precision: type = np.float3
 
 def _write(append: Append, operands: AppendOperands, indices: dict[str, np.ndarray], dtype: np.dtype) -> None:
     """The append itself. Rotated keys are rounded to their own dtype before they are scaled to an FP8 cache's."""
-    cache, shape = append.cache, (append.num_kv_heads, append.head_dim)
-    held_k = _by_row(operands.k_cache, cache, cache.k_strides, *shape)
-    held_v = _by_row(operands.v_cache, cache, cache.v_strides, *shape)
+    cache, heads = append.cache, append.num_kv_heads
+    held_k = _by_row(operands.k_cache, cache, cache.k_strides, heads, append.head_dim)
+    held_v = _by_row(operands.v_cache, cache, cache.v_strides, heads, append.head_dim_v)
     new_k, new_v = host_array(operands.k), host_array(operands.v)
     k_scale = _scales(append.k_scale, operands.k_scale, dtype)
     v_scale = _scales(append.v_scale, operands.v_scale, dtype)
@@ -103,14 +103,14 @@ class _Sequence:
 
     q: np.ndarray  # (seqlen_q, heads, head_dim), rotated if they are to be
     k: np.ndarray  # the whole of k as (outer, row, kv_head, head_dim)
-    v: np.ndarray
+    v: np.ndarray  # the same of v, (outer, row, kv_head, head_dim_v)
     k_numbers: np.ndarray | None  # FP8: what each byte stands for, (1, 256) or (kv_heads, 256)
     v_numbers: np.ndarray | None
     place: _Place
     seqlen_k: int
     slopes: np.ndarray | None  # (heads,)
     sinks: np.ndarray | None  # (heads,)
-    out: np.ndarray  # (seqlen_q, heads, head_dim)
+    out: np.ndarray  # (seqlen_q, heads, head_dim_v)
     lse: np.ndarray | None  # (heads, seqlen_q)
     dtype: np.dtype
 
@@ -175,10 +175,10 @@ def _sequences(
     lse: np.ndarray | None,
     dtype: np.dtype,
 ) -> Iterator[_Sequence]:
-    heads, head_dim = problem.num_kv_heads, problem.head_dim
+    heads = problem.num_kv_heads
     q = host_array(operands.q)
-    k = _by_row(operands.k, problem.cache, problem.cache.k_strides, heads, head_dim)
-    v = _by_row(operands.v, problem.cache, problem.cache.v_strides, heads, head_dim)
+    k = _by_row(operands.k, problem.cache, problem.cache.k_strides, heads, problem.head_dim)
+    v = _by_row(operands.v, problem.cache, problem.cache.v_strides, heads, problem.head_dim_v)
     slopes = host_array(operands.alibi_slopes).astype(dtype) if problem.alibi else None
     sinks = host_array(operands.sinks).astype(dtype) if problem.sinks else None
     k_numbers = v_numbers = None
@@ -224,7 +224,7 @@ def _attend(problem: Problem, sequence: _Sequence) -> None:
 def _attend_block(problem: Problem, sequence: _Sequence, start: int, stop: int) -> None:
     """Rows start to stop - 1 of one sequence against every block of keys that one of them sees."""
     q = _stack_heads(sequence.q[start:stop], problem, sequence.dtype)
-    state = _Softmax.empty(q)
+    state = _Softmax.empty(q, problem.head_dim_v)
     offset = sequence.seqlen_k - len(sequence.q)
     first, last = _visible_keys(problem.window, start + offset, stop + offset, sequence.seqlen_k)
     for lo in range(first, last, KEYS):
@@ -235,7 +235,7 @@ def _attend_block(problem: Problem, sequence: _Sequence, start: int, stop: int) 
         _shape_scores(problem, sequence, scores, distance)
         state.add(scores, _read(sequence.v[rows], sequence.v_numbers, sequence.dtype).transpose(1, 0, 2))
     out, lse = state.result(None if sequence.sinks is None else _per_row(sequence.sinks, problem, stop - start))
-    sequence.out[start:stop] = out.reshape(problem.num_heads, stop - start, problem.head_dim).transpose(1, 0, 2)
+    sequence.out[start:stop] = out.reshape(problem.num_heads, stop - start, problem.head_dim_v).transpose(1, 0, 2)
     if sequence.lse is not None:
         sequence.lse[:, start:stop] = lse.reshape(problem.num_heads, stop - start)
 
@@ -281,15 +281,15 @@ class _Softmax:
 
     peak: np.ndarray  # (..., 1) largest score so far, -inf before the first
     total: np.ndarray  # (..., 1) sum of exp(score - peak)
-    sums: np.ndarray  # (..., head_dim) sum of exp(score - peak) * value
+    sums: np.ndarray  # (..., head_dim_v) sum of exp(score - peak) * value
 
     @classmethod
-    def empty(cls, q: np.ndarray) -> _Softmax:
-        column = (*q.shape[:-1], 1)
-        return cls(np.full(column, -np.inf, q.dtype), np.zeros(column, q.dtype), np.zeros_like(q))
+    def empty(cls, q: np.ndarray, head_dim_v: int) -> _Softmax:
+        column, sums = (*q.shape[:-1], 1), (*q.shape[:-1], head_dim_v)
+        return cls(np.full(column, -np.inf, q.dtype), np.zeros(column, q.dtype), np.zeros(sums, q.dtype))
 
     def add(self, scores: np.ndarray, values: np.ndarray) -> None:
-        """Take in one block: scores (..., keys), which is overwritten, and values (kv_heads, keys, head_dim)."""
+        """Take in one block: scores (..., keys), which is overwritten, and values (kv_heads, keys, head_dim_v)."""
         peak = np.maximum(self.peak, scores.max(axis=-1, keepdims=True))
         self._rescale(peak)
         scores -= _finite_or_zero(peak)
@@ -298,7 +298,7 @@ class _Softmax:
         self.sums += _weigh(scores, values)
 
     def result(self, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted means (..., head_dim) and log-sum-exp (..., 1); zeros and -inf for rows that saw no key."""
+        """Weighted means (..., head_dim_v) and log-sum-exp (..., 1); zeros and -inf for rows that saw no key."""
         blind = self.peak == -np.inf
         if sinks is not None:
             self._rescale(np.maximum(self.peak, sinks))

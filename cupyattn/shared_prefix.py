@@ -85,7 +85,7 @@ def attention_with_shared_prefix(
     Args:
         q: (batch, seqlen_q, heads, head_dim), queries evenly spaced over the whole batch, as in a contiguous array.
         k_prefix, v_prefix: (seqlen, kv_heads, head_dim); or with prefix_block_table the blocks that hold the prefix, in
-            k_cache's form (and often k_cache itself). Of the caches' dtype, kv_dtype and scales.
+            k_cache's form (and often k_cache itself). Of the caches' head_dims, dtype, kv_dtype and scales.
         prefix_block_table: int32 (max_blocks,), which blocks.
         prefix_seqlen: how many tokens the prefix has, if not as many as there are rows: an int, or an int32 array (1,),
             which with sinks must not be 0.
@@ -96,7 +96,8 @@ def attention_with_shared_prefix(
             queries: both share its keys out over the chip. numpy_float64 is not possible: parts are merged in float32.
 
     Returns:
-        An array of q's shape and dtype; with return_lse also the lse, float32 (batch, heads, seqlen_q).
+        An array (batch, seqlen_q, heads, head_dim of v_cache) of q's dtype; with return_lse also the lse, float32
+        (batch, heads, seqlen_q).
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
@@ -141,7 +142,7 @@ def attention_with_shared_prefix(
     return_lse = check_flag("return_lse", return_lse)
     _refuse_other_heads(own_call.problem, prefix_call.problem)
     if target is not None:
-        _check_target(target, own, prefix)
+        _check_target(target, own, prefix, own_call.problem.head_dim_v)
     contents = checking(check, own.q.device)
     _check_prefix(prefix_call.problem, prefix, contents)
     if own.uniform_length is not None:
@@ -152,7 +153,7 @@ def attention_with_shared_prefix(
     with device_of(own.q):
         run_into_views(prefix_call, prefix)
         run_into_views(own_call, own)
-        shape = own.q.shape
+        shape = own.out.shape
         outs = [own.out, _seen_as(prefix.out, shape, contiguous_strides(shape))]
         lses = [own.lse, _by_sequence(prefix.lse, shape)]
         merged, lse = merge_views(outs, lses, target)
@@ -228,10 +229,12 @@ def _kernel_for_prefix(q: View, own: Problem, sinks: bool) -> str:
 def _refuse_other_heads(own: Problem, prefix: Problem) -> None:
     if prefix.num_kv_heads != own.num_kv_heads:
         refuse("k_prefix", f"{prefix.num_kv_heads} heads", f"k_cache's {own.num_kv_heads}")
+    if prefix.head_dim_v != own.head_dim_v:
+        refuse("v_prefix", f"head_dim {prefix.head_dim_v}", f"v_cache's {own.head_dim_v}")
 
 
-def _check_target(target: View, own: Operands, prefix: Operands) -> None:
-    check_output("out", target, own.q, own.q.dtype)
+def _check_target(target: View, own: Operands, prefix: Operands, head_dim_v: int) -> None:
+    check_output("out", target, own.q, own.q.dtype, head_dim_v)
     read = {"q": own.q, "k_prefix": prefix.k, "v_prefix": prefix.v, "k_cache": own.k, "v_cache": own.v}
     for name, source in (read | {"k": own.k_new, "v": own.v_new}).items():
         if source is not None and overlap(target, source):

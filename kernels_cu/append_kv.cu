@@ -5,8 +5,8 @@
 // attention over it gives NaN. An 8-bit cache holds value / scale, rounded to nearest even and saturated; keys are
 // rounded to their own dtype after the rotation first.
 //
-// Compile-time values: DTYPE KV_DTYPE HEAD_DIM VECTOR PACKED_NEW CACHE_KIND BLOCK_SIZE ROTARY ROTARY_DIM ROTARY_FLOAT32
-// THREADS.
+// Compile-time values: DTYPE KV_DTYPE HEAD_DIM HEAD_DIM_V VECTOR PACKED_NEW CACHE_KIND BLOCK_SIZE ROTARY ROTARY_DIM
+// ROTARY_FLOAT32 THREADS.
 
 #include "common/types.cuh"
 #include "common/fp8.cuh"
@@ -68,12 +68,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) append_kv(const __grid_con
     const i64 outer = PACKED_NEW ? 0 : at.sequence;
     const auto offset = [&](const Strides& s, i64 o, i64 r) { return o * s.outer + r * s.row + head * s.head; };
     Part<Element> k = load_part(p.k + offset(p.k_strides, outer, row), part);
-    Part<Element> v = load_part(p.v + offset(p.v_strides, outer, row), part);
+    Part<Element> v = load_part<HEAD_DIM_V>(p.v + offset(p.v_strides, outer, row), part);
 #if ROTARY != ROTARY_NONE
     rotate_part(k, part, p.rotary_cos, p.rotary_sin, place.position, p.positions);
 #endif
     const float k_scale = p.k_scales != nullptr ? p.k_scales[head * p.k_scale_stride] : p.k_scale;
     const float v_scale = p.v_scales != nullptr ? p.v_scales[head * p.v_scale_stride] : p.v_scale;
     store_part(p.k_cache + offset(p.k_cache_strides, place.outer, place.row), part, to_cache(k, k_scale));
-    store_part(p.v_cache + offset(p.v_cache_strides, place.outer, place.row), part, to_cache(v, v_scale));
+    store_part<HEAD_DIM_V>(p.v_cache + offset(p.v_cache_strides, place.outer, place.row), part, to_cache(v, v_scale));
 }

@@ -4,7 +4,7 @@
 // they see in tiles of TILE_N = 64, with an online softmax. 256 threads stand in a 16 x 16 square; thread (y, x)
 // holds rows 4 y .. 4 y + 3 against keys 4 x .. 4 x + 3, and of the output the columns 2 x, 2 x + 1 of every
 // slice of DEPTH = 32 dimensions. Slices pass through shared memory one after the other, so its size does not
-// depend on the head dimension.
+// depend on the head dimensions.
 //
 // Shared memory (static, float32, rows padded by four):
 //     queries [DEPTH][TILE_M]   slice of Q, dimension first
@@ -12,7 +12,7 @@
 //     weights [TILE_M][TILE_N]  P
 //     values  [TILE_N][DEPTH]   slice of V
 //
-// Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N GROUP PACKED_Q CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST (1).
+// Compile-time values: DTYPE HEAD_DIM HEAD_DIM_V TILE_M TILE_N GROUP PACKED_Q CACHE_KIND BLOCK_SIZE MASK SOFTCAP ALIBI SCALE_FIRST (1).
 
 #include "common/types.cuh"
 #include "common/params.cuh"
@@ -25,6 +25,7 @@ constexpr int THREADS = SIDE * SIDE;
 constexpr int DEPTH = 32;
 constexpr int PER_THREAD = 4;
 constexpr int SLICES = ceil_div(HEAD_DIM, DEPTH);
+constexpr int V_SLICES = ceil_div(HEAD_DIM_V, DEPTH);
 constexpr int OUT_PER_SLICE = DEPTH / SIDE;
 constexpr int PAD = 4;
 
@@ -32,7 +33,7 @@ static_assert(TILE_M == SIDE * PER_THREAD && TILE_N == SIDE * PER_THREAD, "a thr
 static_assert(SCALE_FIRST, "scores are kept in natural units");
 
 struct State {
-    float out[PER_THREAD][SLICES * OUT_PER_SLICE];
+    float out[PER_THREAD][V_SLICES * OUT_PER_SLICE];
     float maximum[PER_THREAD];
     float sum[PER_THREAD];
 };
@@ -44,8 +45,10 @@ __device__ __forceinline__ void for_each_element(Visit visit) {
     for (int row = threadIdx.x / DEPTH; row < ROWS; row += THREADS / DEPTH) visit(row, threadIdx.x % DEPTH);
 }
 
+// Of a row of K or V, which has DIMS columns.
+template <int DIMS>
 __device__ __forceinline__ float load_key_element(const ForwardParams& p, const Keys& keys, const Element* base, const Strides& strides, int row, int dim, bool& valid) {
-    if (row >= keys.length || dim >= HEAD_DIM) return 0.0f;
+    if (row >= keys.length || dim >= DIMS) return 0.0f;
     bool exists;
     const i64 offset = key_offset(p, keys, strides, row, exists);
     valid &= exists || row < keys.needed;
@@ -95,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
         state.maximum[r] = -infinity();
         state.sum[r] = 0.0f;
 #pragma unroll
-        for (int d = 0; d < SLICES * OUT_PER_SLICE; ++d) state.out[r][d] = 0.0f;
+        for (int d = 0; d < V_SLICES * OUT_PER_SLICE; ++d) state.out[r][d] = 0.0f;
     }
 
     for (int n = begin; n < end; ++n) {
@@ -109,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
                 queries[d][row] = at.exists && dim < HEAD_DIM ? to_float(p.q[query_offset(p.q_strides, tile, at) + dim]) : 0.0f;
             });
             for_each_element<TILE_N>([&](int row, int d) {
-                keys_slice[d][row] = load_key_element(p, keys, keys.k, p.k_strides, first_key + row, slice * DEPTH + d, valid);
+                keys_slice[d][row] = load_key_element<HEAD_DIM>(p, keys, keys.k, p.k_strides, first_key + row, slice * DEPTH + d, valid);
             });
             __syncthreads();
 #pragma unroll 8
@@ -147,16 +150,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
             }
             state.sum[r] = state.sum[r] * correction + row_sum(sum);
 #pragma unroll
-            for (int d = 0; d < SLICES * OUT_PER_SLICE; ++d) state.out[r][d] *= correction;
+            for (int d = 0; d < V_SLICES * OUT_PER_SLICE; ++d) state.out[r][d] *= correction;
             // The last tile's readers passed this tile's first barrier.
             *reinterpret_cast<float4*>(&weights[y * PER_THREAD + r][x * PER_THREAD]) = make_float4(scores[r][0], scores[r][1], scores[r][2], scores[r][3]);
         }
 
 #pragma unroll
-        for (int slice = 0; slice < SLICES; ++slice) {
+        for (int slice = 0; slice < V_SLICES; ++slice) {
             __syncthreads(); // weights are written, and all are done with the last slice of values
             for_each_element<TILE_N>([&](int row, int d) {
-                values[row][d] = load_key_element(p, keys, keys.v, p.v_strides, first_key + row, slice * DEPTH + d, valid);
+                values[row][d] = load_key_element<HEAD_DIM_V>(p, keys, keys.v, p.v_strides, first_key + row, slice * DEPTH + d, valid);
             });
             __syncthreads();
 #pragma unroll 4
@@ -186,9 +189,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_simt(const __gr
         const RowResult result = finish_row(p, rows[r].head, state.maximum[r] * score_unit(p), state.sum[r], poison);
         Element* out = p.out + query_offset(p.o_strides, tile, rows[r]);
 #pragma unroll
-        for (int d = 0; d < SLICES * OUT_PER_SLICE; ++d) {
+        for (int d = 0; d < V_SLICES * OUT_PER_SLICE; ++d) {
             const int dim = d / OUT_PER_SLICE * DEPTH + x * OUT_PER_SLICE + d % OUT_PER_SLICE;
-            if (dim < HEAD_DIM) out[dim] = from_float(state.out[r][d] * result.scale);
+            if (dim < HEAD_DIM_V) out[dim] = from_float(state.out[r][d] * result.scale);
         }
         if (p.lse != nullptr && x == 0) p.lse[lse_offset(p, tile, rows[r])] = result.lse;
     }

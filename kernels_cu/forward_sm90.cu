@@ -1,8 +1,9 @@
 // Attention forward for Hopper: FlashAttention-3 (arXiv:2407.08608), with the copy engine, wgmma and warps of two trades.
 //
 // A block stays on its multiprocessor and takes tiles of TILE_M query rows of one head (or of a packed group of heads)
-// from a common counter. One warpgroup loads: it finds the tile, and its rows of Q and tiles of TILE_N keys and values
-// arrive through rings of buffers. CONSUMERS warpgroups compute, 64 rows each, from the last tile of keys to the first:
+// from a common counter. One warp loads: it finds the tile, and its rows of Q and tiles of TILE_N keys and values
+// arrive through rings of buffers. CONSUMERS warpgroups compute, 64 rows each, from the last tile of keys to the first,
+// and for each of them a warp stores its results:
 //
 //     S' = Q K^T                   wgmma, under way together with
 //     O  = O + P V                 that of the tile before, whose P lies in registers
@@ -13,16 +14,21 @@
 // take turns at issuing them (wait_turn, pass_turn), so that the tensor cores always have work.
 //
 // The running maximum is raised only when some row's new one exceeds it by 2^RESCALE_BITS: until then P is at
-// most 2^RESCALE_BITS, which 16-bit operands hold, and O needs no correction.
+// most 2^RESCALE_BITS, which 16-bit operands hold, and O needs no correction. Where registers allow (GUESSES), the old
+// maximum is taken for granted, and P computed without looking for a new one; a sum of 2^RESCALE_BITS or more tells
+// that it was not, and P is computed anew.
 //
 // Shared memory (dynamic; tiles of common/tma.cuh: blocks of 64 columns, 128 bytes to a row):
 //     Q  [QUERY_STAGES][CONSUMERS][D_BLOCKS][64 rows]
 //     K  [STAGES][D_BLOCKS][TILE_N]
 //     V  [STAGES][V_BLOCKS][TILE_N]
 //     O  [CONSUMERS][OUT_BLOCKS][64 rows]    the columns leave so many blocks at a time
-// and, static, the barriers and what is known of the present tile and the next (Work).
 //
-// Compile-time values: DTYPE HEAD_DIM TILE_M TILE_N CONSUMERS STAGES QUERY_STAGES OUT_BLOCKS GROUP PACKED_Q CACHE_KIND BLOCK_SIZE BOX_ROWS
+// Keys in blocks of few rows (GATHER) are no boxes for the copy engine: the loading warp's lanes copy their chunks.
+//
+// Static shared memory: the barriers and what is known of the present tile and the next (Work).
+//
+// Compile-time values: DTYPE HEAD_DIM HEAD_DIM_V TILE_M TILE_N CONSUMERS STAGES QUERY_STAGES OUT_BLOCKS GROUP PACKED_Q CACHE_KIND BLOCK_SIZE GATHER BOX_ROWS
 // MASK LEFT SOFTCAP ALIBI SCALE_FIRST RAGGED_KEYS KV_SPLITS PRODUCER_REGISTERS CONSUMER_REGISTERS LOAD_BYTES.
 
 #include "common/types.cuh"
@@ -39,16 +45,16 @@
 constexpr int WARPGROUP = 128;
 constexpr int WARPGROUP_WARPS = WARPGROUP / WARP_SIZE;
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int PRODUCER = CONSUMERS; // the last warpgroup
+constexpr int SERVANTS = CONSUMERS; // the last warpgroup: its first warp loads, the others store
 constexpr int PRODUCT_ROWS = 64;    // of a warpgroup's product
 constexpr int ROWS = TILE_M / CONSUMERS; // of them in use: whole groups of heads
 
 // The widths of products with V, and of the output's accumulators.
-constexpr int OUT_DIM = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 96 ? 96 : HEAD_DIM <= 128 ? 128 : HEAD_DIM <= 192 ? 192 : 256;
+constexpr int OUT_DIM = HEAD_DIM_V <= 64 ? 64 : HEAD_DIM_V <= 96 ? 96 : HEAD_DIM_V <= 128 ? 128 : HEAD_DIM_V <= 192 ? 192 : 256;
 constexpr int D_STEPS = ceil_div(HEAD_DIM, 16);
 constexpr int N_STEPS = TILE_N / 16;
 constexpr int D_BLOCKS = ceil_div(HEAD_DIM, BLOCK_COLUMNS);
-constexpr int V_BLOCKS = D_BLOCKS;
+constexpr int V_BLOCKS = ceil_div(HEAD_DIM_V, BLOCK_COLUMNS);
 
 constexpr u32 Q_BLOCK_BYTES = PRODUCT_ROWS * BLOCK_ROW_BYTES;
 constexpr u32 Q_BYTES = D_BLOCKS * Q_BLOCK_BYTES; // of one warpgroup
@@ -62,12 +68,15 @@ constexpr float RESCALE_BITS = 8.0f;
 // Whether a warpgroup that sees no more than half of a tile's keys leaves the others out.
 constexpr bool HALVES = MASK && TILE_N % 32 == 0;
 
-constexpr int WORKS = QUERY_STAGES + 3; // the next, those that Q is there for, one that Q has left, and one whose rows leave
+constexpr int WORKS = QUERY_STAGES + 4; // the next, those that Q is there for, one that Q has left, and two whose rows leave
+
+// Whether scores, two tiles' weights and the output fit the registers together, with what else a thread needs.
+constexpr bool GUESSES = TILE_N + OUT_DIM / 2 + 30 <= CONSUMER_REGISTERS;
 
 static_assert(V_BLOCKS % OUT_BLOCKS == 0, "the columns leave in equal parts");
 static_assert(ROWS <= PRODUCT_ROWS && ROWS % GROUP == 0 && ROWS * CONSUMERS == TILE_M, "whole groups of heads in a product");
 static_assert(TILE_N % 16 == 0 && TILE_N % BOX_ROWS == 0 && BOXES <= WARP_SIZE, "a tile of keys is whole boxes");
-static_assert(CACHE_KIND != CACHE_PAGED || BLOCK_SIZE % BOX_ROWS == 0, "a box lies within a block");
+static_assert(CACHE_KIND != CACHE_PAGED || GATHER || BLOCK_SIZE % BOX_ROWS == 0, "a box lies within a block");
 
 struct TensorMaps {
     TensorMap q, k, v, out;
@@ -80,6 +89,9 @@ struct Work {
     KeyTiles tiles;
     int kv_head;
     int split;
+    // For each warpgroup: the end of the tiles of keys that its rows see, and whether they see but half of the last.
+    int seen_end[CONSUMERS];
+    bool half[CONSUMERS];
 };
 
 // Barriers and tiles in shared memory, by their addresses there.
@@ -89,13 +101,43 @@ struct Shared {
         : q(base), k(base + QUERY_STAGES * CONSUMERS * Q_BYTES), v(k + STAGES * K_BYTES), out(v + STAGES * V_BYTES) {}
 };
 
+// Whose rows a warpgroup has left for the warp that stores them: the slot of their work, -1 if no more will come.
+struct Outgoing {
+    int slot[CONSUMERS];
+};
+
 struct Barriers {
     u64 q_full[QUERY_STAGES], q_empty[QUERY_STAGES];
     u64 k_full[STAGES], k_empty[STAGES];
     u64 v_full[STAGES], v_empty[STAGES];
 };
 
+// The barriers of the block: 0 is __syncthreads', then each warpgroup has one for its turn, one of its own, and two that
+// it shares with the warp that stores its rows.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) { sync_threads(1 + CONSUMERS + warpgroup, WARPGROUP); }
+__device__ __forceinline__ void wait_out_full(int warpgroup) { sync_threads(1 + 2 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
+__device__ __forceinline__ void signal_out_full(int warpgroup) { signal_threads(1 + 2 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
+__device__ __forceinline__ void wait_out_free(int warpgroup) { sync_threads(1 + 3 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
+__device__ __forceinline__ void signal_out_free(int warpgroup) { signal_threads(1 + 3 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
+
 // ------------------------------------------------------------------------------------------------------- loading
+
+__device__ __forceinline__ bool has_rows(const Tile& tile, int warpgroup) { return tile.first_row + warpgroup * ROWS < tile.seqlen_q * GROUP; }
+
+// What the rows of one warpgroup see of the tile's keys: it lets the tiles behind pass.
+__device__ __forceinline__ void find_seen(const ForwardParams& p, Work& work, int warpgroup) {
+    const KeyTiles& tiles = work.tiles;
+    int end = tiles.begin;
+    work.half[warpgroup] = false;
+    if (tiles.end > tiles.begin && has_rows(work.tile, warpgroup)) {
+        const int last_row = min(work.tile.first_row + (warpgroup + 1) * ROWS, work.tile.seqlen_q * GROUP) - 1;
+        const int key_end = visible_keys(p, last_row / GROUP, work.rows.length - work.tile.seqlen_q, work.rows.length).end;
+        // No more pass than a ring holds beside the values that are still to be multiplied, for which nothing would be loaded.
+        end = MASK ? clamp(ceil_div(key_end, TILE_N), max(tiles.begin + 1, tiles.end - (STAGES - 1)), tiles.end) : tiles.end;
+        work.half[warpgroup] = HALVES && key_end <= (end - 1) * TILE_N + TILE_N / 2;
+    }
+    work.seen_end[warpgroup] = end;
+}
 
 __device__ __forceinline__ Work find_work(const ForwardParams& p, u32 index) {
     Work work;
@@ -128,6 +170,33 @@ __device__ __forceinline__ void load_queries(const TensorMaps& maps, const Tile&
 }
 
 // One tile of keys or of values. A block id outside the cache marks the work as bad, and its keys are zero.
+template <bool VALUES>
+__device__ __forceinline__ void gather_keys(const ForwardParams& p, Work& work, int n, u32 shared, u32 barrier) {
+    constexpr int CHUNKS = 2 * (VALUES ? ceil_div(HEAD_DIM_V, 16) : D_STEPS); // of a row, up to what products read
+    constexpr int DIM = VALUES ? HEAD_DIM_V : HEAD_DIM;
+    const int lane = threadIdx.x % WARP_SIZE;
+    const Keys keys = place_keys(p, work.tile.sequence, work.rows, work.kv_head);
+    for (int first = 0; first < TILE_N; first += WARP_SIZE) {
+        const int row = n * TILE_N + first + lane;
+        i64 offset = -1; // of the row that this lane looks up
+        if (row < work.rows.length) {
+            bool valid = true;
+            offset = key_offset(p, keys, VALUES ? p.v_strides : p.k_strides, row, valid);
+            if (!valid) offset = -1;
+            if (!valid && row >= work.tiles.needed) work.rows.bad = true;
+        }
+#pragma unroll 2
+        for (int index = lane; index < min(WARP_SIZE, TILE_N - first) * CHUNKS; index += WARP_SIZE) {
+            const int within = index / CHUNKS, chunk = index % CHUNKS;
+            const i64 from = __shfl_sync(~0u, offset, within);
+            const u32 to = shared + chunk / 8 * KEY_BLOCK_BYTES + swizzled(first + within, chunk % 8);
+            copy_async<16>(to, (VALUES ? keys.v : keys.k) + (from < 0 ? 0 : from + chunk * 8), from < 0 || chunk * 8 >= DIM ? 0 : 16);
+        }
+    }
+    __threadfence_block(); // who waits for the tile sees the mark
+    arrive_copied(barrier);
+}
+
 template <int BLOCKS>
 __device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMap& map, Work& work, int n, u32 shared, u32 barrier) {
     const int lane = threadIdx.x % WARP_SIZE;
@@ -162,14 +231,18 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
     const u32 v_full = shared_address(barriers.v_full), v_empty = shared_address(barriers.v_empty);
     Place<QUERY_STAGES> q_place;
     Place<STAGES> k_place, v_place;
-    const auto load_key_tile = [&](Work& work, int n) {
-        wait_barrier(k_empty + k_place.stage * BARRIER_BYTES, k_place.parity ^ 1);
-        load_keys<D_BLOCKS>(p, maps.k, work, n, shared.k + k_place.stage * K_BYTES, k_full + k_place.stage * BARRIER_BYTES);
+    const auto load_key_tile = [&](int slot, int n) {
+        wait_barrier(k_empty + k_place.stage() * BARRIER_BYTES, k_place.parity() ^ 1);
+        const u32 to = shared.k + k_place.stage() * K_BYTES, full = k_full + k_place.stage() * BARRIER_BYTES;
+        if constexpr (GATHER) gather_keys<false>(p, works[slot], n, to, full);
+        else load_keys<D_BLOCKS>(p, maps.k, works[slot], n, to, full);
         k_place.advance();
     };
-    const auto load_value_tile = [&](Work& work, int n) {
-        wait_barrier(v_empty + v_place.stage * BARRIER_BYTES, v_place.parity ^ 1);
-        load_keys<V_BLOCKS>(p, maps.v, work, n, shared.v + v_place.stage * V_BYTES, v_full + v_place.stage * BARRIER_BYTES);
+    const auto load_value_tile = [&](int slot, int n) {
+        wait_barrier(v_empty + v_place.stage() * BARRIER_BYTES, v_place.parity() ^ 1);
+        const u32 to = shared.v + v_place.stage() * V_BYTES, full = v_full + v_place.stage() * BARRIER_BYTES;
+        if constexpr (GATHER) gather_keys<true>(p, works[slot], n, to, full);
+        else load_keys<V_BLOCKS>(p, maps.v, works[slot], n, to, full);
         v_place.advance();
     };
     // Work is kept in shared memory by its loader too, for whom few registers are left.
@@ -177,32 +250,74 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         const Work found = find_work(p, index);
         if (lane == 0) works[slot] = found;
         __syncwarp();
+        if (lane < CONSUMERS && found.tile.sequence >= 0) find_seen(p, works[slot], lane);
+        __syncwarp();
     };
     note_work(0, blockIdx.x);
-    Work* before = nullptr; // the tile before, if its last values are still to be loaded
+    int before = -1; // the slot of the tile before, if its last values are still to be loaded
     for (int slot = 0;;) {
-        Work& work = works[slot];
-        const bool any = work.tile.sequence >= 0;
+        const bool any = works[slot].tile.sequence >= 0;
         u32 index = 0;
         if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
-        wait_barrier(q_empty + q_place.stage * BARRIER_BYTES, q_place.parity ^ 1);
+        wait_barrier(q_empty + q_place.stage() * BARRIER_BYTES, q_place.parity() ^ 1);
         if (lane == 0) {
-            const u32 full = q_full + q_place.stage * BARRIER_BYTES;
-            if (any) load_queries(maps, work.tile, shared.q + q_place.stage * CONSUMERS * Q_BYTES, full);
+            const u32 full = q_full + q_place.stage() * BARRIER_BYTES;
+            if (any) load_queries(maps, works[slot].tile, shared.q + q_place.stage() * CONSUMERS * Q_BYTES, full);
             else arrive(full);
         }
         q_place.advance();
-        const bool keys = any && work.tiles.end > work.tiles.begin;
-        if (keys) load_key_tile(work, work.tiles.end - 1);
-        if (before != nullptr) load_value_tile(*before, before->tiles.begin);
+        const int begin = works[slot].tiles.begin;
+        int n = works[slot].tiles.end - 1;
+        const bool keys = any && n >= begin;
+        if (keys) load_key_tile(slot, n);
+        if (before >= 0) load_value_tile(before, works[before].tiles.begin);
         if (!any) return;
-        slot = slot == WORKS - 1 ? 0 : slot + 1;
-        note_work(slot, __shfl_sync(~0u, index, 0));
-        for (int n = work.tiles.end - 2; n >= work.tiles.begin; --n) {
-            load_key_tile(work, n);
-            load_value_tile(work, n + 1);
+        const int next = slot == WORKS - 1 ? 0 : slot + 1;
+        note_work(next, __shfl_sync(~0u, index, 0));
+        for (; n > begin; --n) {
+            load_key_tile(slot, n - 1);
+            load_value_tile(slot, n);
         }
-        before = keys ? &work : nullptr;
+        before = keys ? slot : -1;
+        slot = next;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------- storing
+
+// Of a warpgroup's rows those that are the sequence's.
+__device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
+    constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
+    for (int index = threadIdx.x % WARP_SIZE; index < ROWS * CHUNKS; index += WARP_SIZE) {
+        const int row = index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
+        const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);
+        if (at.exists && column < HEAD_DIM_V) {
+            const uint4 value = load_shared(shared + chunk / 8 * Q_BLOCK_BYTES + swizzled(row, chunk % 8));
+            *reinterpret_cast<uint4*>(p.out + query_offset(p.o_strides, tile, at) + column) = value;
+        }
+    }
+}
+
+// What the warp does that stores the rows of one warpgroup.
+__device__ __forceinline__ void store(const ForwardParams& p, const TensorMaps& maps, int warpgroup, u32 shared, const Outgoing& outgoing, const Work (&works)[WORKS]) {
+    const bool first_lane = threadIdx.x % WARP_SIZE == 0;
+    signal_out_free(warpgroup);
+    for (int first_block = 0;; first_block = first_block + OUT_BLOCKS == V_BLOCKS ? 0 : first_block + OUT_BLOCKS) {
+        wait_out_full(warpgroup);
+        const int slot = outgoing.slot[warpgroup];
+        if (slot < 0) return;
+        const Tile& tile = works[slot].tile;
+        if (PACKED_Q && tile.first_row + (warpgroup + 1) * ROWS > tile.seqlen_q * GROUP) {
+            store_some_rows(p, tile, warpgroup, first_block, shared);
+        } else if (first_lane) {
+            for (int block = 0; block < OUT_BLOCKS; ++block) {
+                store_query_box(maps.out, shared + block * Q_BLOCK_BYTES, (first_block + block) * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
+            }
+            commit_stores();
+            wait_stores();
+        }
+        __syncwarp();
+        signal_out_free(warpgroup);
     }
 }
 
@@ -329,6 +444,33 @@ __device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)
     return rescale;
 }
 
+// The same for the maximum that is known already; false, and nothing is done, if some score exceeds it by too much, or
+// there is none yet.
+template <int COUNT>
+__device__ __forceinline__ bool guess_softmax(Statistics& rows, const float (&scores)[COUNT], float unit, u32 (&weights)[COUNT / 2]) {
+    const float most = exp2f(RESCALE_BITS);
+    float sum[2];
+    bool good = true;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float offset = rows.maximum[h] * unit; // -infinity makes infinite weights, or NaN
+        sum[h] = 0.0f;
+#pragma unroll
+        for (int i = 2 * h; i < COUNT; i += 4) {
+            const float first = exp2_approx(fmaf(scores[i], unit, -offset)), second = exp2_approx(fmaf(scores[i + 1], unit, -offset));
+            sum[h] += first + second;
+            weights[i / 2] = pack(first, second);
+        }
+        good &= sum[h] < most;
+    }
+    good = __all_sync(~0u, good);
+    if (good) {
+        rows.sum[0] += sum[0];
+        rows.sum[1] += sum[1];
+    }
+    return good;
+}
+
 __device__ __forceinline__ void rescale_out(State& state, const float (&correction)[2]) {
 #pragma unroll
     for (int i = 0; i < OUT_DIM / 2; ++i) state.out[i] *= correction[i / 2 % 2];
@@ -336,33 +478,31 @@ __device__ __forceinline__ void rescale_out(State& state, const float (&correcti
 
 // Waits for all products, but not before the exponentials: the assembler would move them behind the wait for the very
 // products that they are to be done beside. It does not move code over a branch, so here is one; both ways wait.
-template <int COUNT>
-__device__ __forceinline__ void wait_behind(float (&scores)[COUNT], const ForwardParams& p) {
-    pin(scores);
+template <typename Type, int COUNT>
+__device__ __forceinline__ void wait_behind(Type (&weights)[COUNT], const ForwardParams& p) {
+    pin(weights);
     if (p.total_tiles > 0) {
         wait_products<0>();
     } else {
         wait_products<0>();
-        pin(scores);
+        pin(weights);
     }
 }
 
 // Accumulators of the scores are laid out as operands are.
 template <int COUNT>
-__device__ __forceinline__ void pack_weights(State& state, const float (&scores)[COUNT]) {
+__device__ __forceinline__ void pack_weights(u32 (&weights)[TILE_N / 4], const float (&scores)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) state.weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < COUNT / 2; ++i) weights[i] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-// Warpgroups issue their products in turn. The barriers of the block: 0 is __syncthreads', then one for each turn, then
-// one for each warpgroup.
+// Warpgroups issue their products in turn.
 __device__ __forceinline__ void wait_turn(int warpgroup) {
     if (CONSUMERS > 1) sync_threads(1 + warpgroup, 2 * WARPGROUP);
 }
 __device__ __forceinline__ void pass_turn(int warpgroup) {
     if (CONSUMERS > 1) signal_threads(1 + (warpgroup + 1) % CONSUMERS, 2 * WARPGROUP);
 }
-__device__ __forceinline__ void sync_warpgroup(int warpgroup) { sync_threads(1 + CONSUMERS + warpgroup, WARPGROUP); }
 
 // The rows of a tile of values behind the last key hold whatever memory does: 0 * NaN would reach the output.
 __device__ __forceinline__ void clear_values(u32 v, int first_row, int warpgroup) {
@@ -396,41 +536,15 @@ __device__ __forceinline__ void leave_in_shared(const State& state, const float 
         }
 }
 
-// Some of the warpgroup's rows are not the sequence's: each warp stores those of its 16 that are.
-__device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
-    constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
-    const int first = threadIdx.x % WARPGROUP / WARP_SIZE * 16;
-    for (int index = threadIdx.x % WARP_SIZE; index < 16 * CHUNKS; index += WARP_SIZE) {
-        const int row = first + index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
-        const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);
-        if (row < ROWS && at.exists && column < HEAD_DIM) {
-            const uint4 value = load_shared(shared + chunk / 8 * Q_BLOCK_BYTES + swizzled(row, chunk % 8));
-            *reinterpret_cast<uint4*>(p.out + query_offset(p.o_strides, tile, at) + column) = value;
-        }
-    }
-}
-
-// Sends the rows to memory by way of shared memory.
-__device__ __forceinline__ void store_rows(const ForwardParams& p, const TensorMaps& maps, const Tile& tile, const State& state, const float (&scale)[2], int warpgroup, u32 shared) {
-    const bool whole = !PACKED_Q || tile.first_row + (warpgroup + 1) * ROWS <= tile.seqlen_q * GROUP;
+// Hands the rows to the warp that stores them, some blocks of columns at a time; `slot` says whose they are.
+__device__ __forceinline__ void hand_over(const State& state, const float (&scale)[2], int slot, int warpgroup, u32 shared, Outgoing& outgoing) {
 #pragma unroll
     for (int first_block = 0; first_block < V_BLOCKS; first_block += OUT_BLOCKS) {
-        if (threadIdx.x % WARPGROUP == 0) wait_stores(); // of what lay there before
-        sync_warpgroup(warpgroup);
+        wait_out_free(warpgroup);
         leave_in_shared(state, scale, first_block, shared);
-        if (whole) {
-            fence_async_proxy();
-            sync_warpgroup(warpgroup);
-            if (threadIdx.x % WARPGROUP == 0) {
-                for (int block = 0; block < OUT_BLOCKS; ++block) {
-                    store_query_box(maps.out, shared + block * Q_BLOCK_BYTES, (first_block + block) * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
-                }
-                commit_stores();
-            }
-        } else {
-            __syncwarp();
-            store_some_rows(p, tile, warpgroup, first_block, shared);
-        }
+        if (threadIdx.x % WARPGROUP == 0) outgoing.slot[warpgroup] = slot;
+        fence_async_proxy();
+        signal_out_full(warpgroup);
     }
 }
 
@@ -439,12 +553,12 @@ __device__ __forceinline__ void store_split_row(const State& state, int h, float
 #pragma unroll
     for (int i = 2 * h; i < OUT_DIM / 2; i += 4) {
         const int column = i / 4 * 8 + threadIdx.x % 4 * 2;
-        if (column < HEAD_DIM) *reinterpret_cast<float2*>(row + column) = make_float2(state.out[i] * scale, state.out[i + 1] * scale);
+        if (column < HEAD_DIM_V) *reinterpret_cast<float2*>(row + column) = make_float2(state.out[i] * scale, state.out[i + 1] * scale);
     }
 }
 
-// Divides by the sums, writes lse, and stores the rows.
-__device__ __forceinline__ void finish_rows(const ForwardParams& p, const TensorMaps& maps, const Work& work, const State& state, float unit, int warpgroup, u32 shared) {
+// Divides by the sums, writes lse, and sends the rows on their way.
+__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& work, int slot, const State& state, float unit, int warpgroup, u32 shared, Outgoing& outgoing) {
     Tile tile = work.tile;
     if (KV_SPLITS) tile.sequence += work.split * p.batch; // where this part of the keys leaves its result
     float scale[2];
@@ -457,30 +571,11 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Tensor
         if (p.lse != nullptr && exists && threadIdx.x % 4 == 0) p.lse[lse_offset(p, tile, at)] = result.lse;
         if (KV_SPLITS && exists) store_split_row(state, h, result.scale, reinterpret_cast<float*>(p.out) + query_offset(p.o_strides, tile, at));
     }
-    if constexpr (!KV_SPLITS) store_rows(p, maps, tile, state, scale, warpgroup, shared);
-}
-
-// What the rows of one warpgroup see of a tile's keys. Its tiles behind `find_seen_end` it only lets pass.
-__device__ __forceinline__ bool has_rows(const Work& work, int warpgroup) {
-    return work.tile.first_row + warpgroup * ROWS < work.tile.seqlen_q * GROUP;
-}
-__device__ __forceinline__ int find_key_end(const ForwardParams& p, const Work& work, int warpgroup) {
-    const int last_row = min(work.tile.first_row + (warpgroup + 1) * ROWS, work.tile.seqlen_q * GROUP) - 1;
-    return visible_keys(p, last_row / GROUP, work.rows.length - work.tile.seqlen_q, work.rows.length).end;
-}
-__device__ __forceinline__ int find_seen_end(const ForwardParams& p, const Work& work, int warpgroup) {
-    const int begin = work.tiles.begin, end = work.tiles.end;
-    if (end <= begin || !has_rows(work, warpgroup)) return begin;
-    if (!MASK) return end;
-    // No more than a ring holds beside the values that are still to be multiplied, for which nothing would be loaded.
-    return clamp(ceil_div(find_key_end(p, work, warpgroup), TILE_N), max(begin + 1, end - (STAGES - 1)), end);
-}
-__device__ __forceinline__ bool sees_half(const ForwardParams& p, const Work& work, int warpgroup, int n) {
-    return find_key_end(p, work, warpgroup) <= n * TILE_N + TILE_N / 2;
+    if constexpr (!KV_SPLITS) hand_over(state, scale, slot, warpgroup, shared, outgoing);
 }
 
 // What a computing warpgroup does.
-__device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps& maps, const Shared& shared, Barriers& barriers, const Work (&works)[WORKS]) {
+__device__ __forceinline__ void consume(const ForwardParams& p, const Shared& shared, Barriers& barriers, Outgoing& outgoing, const Work (&works)[WORKS]) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     const bool speaks = threadIdx.x % WARP_SIZE == 0; // for its warp
     const u32 q_full = shared_address(barriers.q_full), q_empty = shared_address(barriers.q_empty);
@@ -491,21 +586,27 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
     Place<STAGES> k_place, v_place;
     if (warpgroup == CONSUMERS - 1) pass_turn(warpgroup); // to the first
 
-    const auto queries = [&] { return shared.q + (q_place.stage * CONSUMERS + warpgroup) * Q_BYTES; };
-    const auto keys = [&] { return shared.k + k_place.stage * K_BYTES; };
-    const auto values = [&] { return shared.v + v_place.stage * V_BYTES; };
-    const auto wait_keys = [&] { wait_barrier(k_full + k_place.stage * BARRIER_BYTES, k_place.parity); };
-    const auto wait_values = [&] { wait_barrier(v_full + v_place.stage * BARRIER_BYTES, v_place.parity); };
+    const auto queries = [&] { return shared.q + (q_place.stage() * CONSUMERS + warpgroup) * Q_BYTES; };
+    const auto keys = [&] { return shared.k + k_place.stage() * K_BYTES; };
+    const auto values = [&] { return shared.v + v_place.stage() * V_BYTES; };
+    const auto wait_keys = [&] {
+        wait_barrier(k_full + k_place.stage() * BARRIER_BYTES, k_place.parity());
+        if (GATHER) fence_async_proxy(); // lanes have copied, wgmma reads
+    };
+    const auto wait_values = [&] {
+        wait_barrier(v_full + v_place.stage() * BARRIER_BYTES, v_place.parity());
+        if (GATHER) fence_async_proxy();
+    };
     const auto release_queries = [&] {
-        if (speaks) arrive(q_empty + q_place.stage * BARRIER_BYTES);
+        if (speaks) arrive(q_empty + q_place.stage() * BARRIER_BYTES);
         q_place.advance();
     };
     const auto release_keys = [&] {
-        if (speaks) arrive(k_empty + k_place.stage * BARRIER_BYTES);
+        if (speaks) arrive(k_empty + k_place.stage() * BARRIER_BYTES);
         k_place.advance();
     };
     const auto release_values = [&] {
-        if (speaks) arrive(v_empty + v_place.stage * BARRIER_BYTES);
+        if (speaks) arrive(v_empty + v_place.stage() * BARRIER_BYTES);
         v_place.advance();
     };
 
@@ -515,9 +616,9 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
     bool pending = false; // and values to be multiplied before:
     bool half = false;    // half a tile of them
     constexpr int HALF = HALVES ? TILE_N / 2 : TILE_N;
-    const Work* work = works;
+    int place = 0; // of its work
 
-    const auto finish = [&] { finish_rows(p, maps, *work, state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES); };
+    const auto finish = [&] { finish_rows(p, works[place], place, state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES, outgoing); };
 
     // The first `count` keys of tile n, a query tile's first.
     const auto start = [&](const Work& next, int n, auto count) {
@@ -532,7 +633,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
         if (n == next.tiles.begin) release_queries();
         shape_scores<true>(p, next, warpgroup, n, scores);
         online_softmax(state.rows, scores, unit, correction);
-        pack_weights(state, scores);
+        pack_weights(state.weights, scores);
     };
 
     // The same together with the values of the query tile before, whose rows then leave.
@@ -559,7 +660,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
         finish();
         state = State();
         state.rows = rows;
-        pack_weights(state, scores);
+        pack_weights(state.weights, scores);
     };
 
     // The products of tile n, then those of the values of tile n + 1; its softmax.
@@ -579,23 +680,39 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
         pin(scores);
         release_keys();
         if (last) release_queries();
-        shape_scores<masked.value>(p, *work, warpgroup, n, scores);
-        const bool rescale = online_softmax(state.rows, scores, unit, correction);
-        wait_behind(scores, p);
-        pin(state.out);
-        if (rescale) rescale_out(state, correction);
-        pin(state.weights);
-        release_values();
-        pack_weights(state, scores);
+        shape_scores<masked.value>(p, works[place], warpgroup, n, scores);
+        if constexpr (GUESSES) {
+            u32 weights[TILE_N / 4];
+            bool rescale = false;
+            if (!guess_softmax(state.rows, scores, unit, weights)) {
+                rescale = online_softmax(state.rows, scores, unit, correction);
+                pack_weights(weights, scores);
+            }
+            wait_behind(weights, p);
+            pin(state.out);
+            if (rescale) rescale_out(state, correction);
+            pin(state.weights);
+            release_values();
+#pragma unroll
+            for (int i = 0; i < TILE_N / 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(state.weights[i]) : "r"(weights[i]));
+        } else {
+            const bool rescale = online_softmax(state.rows, scores, unit, correction);
+            wait_behind(scores, p);
+            pin(state.out);
+            if (rescale) rescale_out(state, correction);
+            pin(state.weights);
+            release_values();
+            pack_weights(state.weights, scores);
+        }
     };
 
     for (int slot = 0;; slot = slot == WORKS - 1 ? 0 : slot + 1) {
-        wait_barrier(q_full + q_place.stage * BARRIER_BYTES, q_place.parity);
+        wait_barrier(q_full + q_place.stage() * BARRIER_BYTES, q_place.parity());
         const Work& next = works[slot];
         const bool more = next.tile.sequence >= 0;
         const int begin = next.tiles.begin, end = next.tiles.end;
-        const int seen = more ? find_seen_end(p, next, warpgroup) : begin;
-        const bool narrow = HALVES && seen > begin && sees_half(p, next, warpgroup, seen - 1);
+        const int seen = more ? next.seen_end[warpgroup] : begin;
+        const bool narrow = HALVES && more && next.half[warpgroup];
         const auto skip_keys = [&](bool turn) {
             wait_keys();
             release_keys();
@@ -637,8 +754,8 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
                 }
             }
         }
-        work = &next;
-        open = has_rows(next, warpgroup);
+        place = slot;
+        open = has_rows(next.tile, warpgroup);
         pending = seen > begin;
         half = narrow;
         if (!pending) continue;
@@ -659,13 +776,18 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps
             for (; n >= begin; --n) step(n, n == begin, Constant<true>());
         }
     }
-    if (threadIdx.x % WARPGROUP == 0) wait_stores();
+    if constexpr (!KV_SPLITS) {
+        wait_out_free(warpgroup);
+        if (threadIdx.x % WARPGROUP == 0) outgoing.slot[warpgroup] = -1;
+        signal_out_full(warpgroup);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __grid_constant__ ForwardParams p, const __grid_constant__ TensorMaps maps) {
     extern __shared__ __align__(1024) uint4 shared_memory[];
     __shared__ Barriers barriers;
     __shared__ Work works[WORKS];
+    __shared__ Outgoing outgoing;
     const Shared shared(round_up(shared_address(shared_memory), SWIZZLE_BYTES));
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     if (threadIdx.x == 0) {
@@ -674,23 +796,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
             init_barrier(shared_address(barriers.q_empty + stage), CONSUMERS * WARPGROUP_WARPS);
         }
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(shared_address(barriers.k_full + stage), 1);
-            init_barrier(shared_address(barriers.v_full + stage), 1);
+            init_barrier(shared_address(barriers.k_full + stage), GATHER ? WARP_SIZE : 1);
+            init_barrier(shared_address(barriers.v_full + stage), GATHER ? WARP_SIZE : 1);
             init_barrier(shared_address(barriers.k_empty + stage), CONSUMERS * WARPGROUP_WARPS);
             init_barrier(shared_address(barriers.v_empty + stage), CONSUMERS * WARPGROUP_WARPS);
         }
         publish_barriers();
     }
     __syncthreads();
-    if (warpgroup == PRODUCER) {
+    if (warpgroup == SERVANTS) {
         shrink_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x / WARP_SIZE % WARPGROUP_WARPS == 0) {
+        const int warp = __shfl_sync(~0u, threadIdx.x / WARP_SIZE % WARPGROUP_WARPS, 0);
+        if (warp == 0) {
             produce(p, maps, shared, barriers, works);
             // The last block to get here leaves the counters as it found them.
             if (threadIdx.x % WARP_SIZE == 0 && atomicInc(maps.counters + 1, gridDim.x - 1) == gridDim.x - 1) maps.counters[0] = 0;
+        } else if (warp <= CONSUMERS && !KV_SPLITS) {
+            store(p, maps, warp - 1, shared.out + (warp - 1) * OUT_BYTES, outgoing, works);
         }
     } else {
         grow_registers<CONSUMER_REGISTERS>();
-        consume(p, maps, shared, barriers, works);
+        consume(p, shared, barriers, outgoing, works);
     }
 }

@@ -97,9 +97,10 @@ class Backend:
         """
         import cupyattn
 
-        q = arrays[0].array if isinstance(arrays[0], Placed) else arrays[0]
+        q, _, v, *_ = map(_plain, arrays)
         out = options.pop("out", None)
-        out = self.place(np.full(q.shape, np.nan, q.dtype), lambda array: array) if out is None else out
+        shape = (*q.shape[:-1], v.shape[-1])
+        out = self.place(np.full(shape, np.nan, q.dtype), lambda array: array) if out is None else out
         moved: dict[int, Any] = {}
         here = [self._move(value, moved) for value in (*arrays, out)]
         there = {name: self._move(value, moved) for name, value in options.items()}

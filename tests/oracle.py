@@ -28,13 +28,14 @@ Caches = tuple[np.ndarray, np.ndarray]
 class Expected:
     """The exact result, and beside it what the bound on the error is made of."""
 
-    out: np.ndarray  # float64, q's shape
+    out: np.ndarray  # float64, q's shape with the last axis of v
     lse: np.ndarray  # float64, (batch, heads, seqlen_q) or (heads, total_q)
     weight: np.ndarray  # as out: sum of p |v| over the keys seen, p being the softmax weights
     loss: np.ndarray  # as out: sum of |v| over the keys seen, divided by the sum of exp(score - largest score)
     size: np.ndarray  # as lse: the largest sum of magnitudes that one score of the row was added up from
     keys: np.ndarray  # as lse: how many keys the row sees
     drift: np.ndarray  # as lse: what a score may be off by because its query was rounded, beyond what is exact here
+    head_dim: int  # of q and k
     half_weights: bool = False  # weights may be taken in float16 whatever the dtype, as beside an FP8 cache
 
     def bounds(self, dtype: str) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ class Expected:
         u, tiniest = UNIT_ROUNDOFF[dtype], TINIEST[dtype]
         rounding = UNIT_ROUNDOFF[dtype] if dtype in ("float16", "bfloat16") else 0.0
         summing = FLOAT32 * (8 + 2 * np.sqrt(self.keys))
-        score = FLOAT32 * ((8 + 2 * np.sqrt(self.out.shape[-1])) * self.size + 8) + self.drift
+        score = FLOAT32 * ((8 + 2 * np.sqrt(self.head_dim)) * self.size + 8) + self.drift
         with np.errstate(invalid="ignore", over="ignore"):
             relative = _beside(rounding + np.expm1(2 * score) + summing, self.out.ndim)
             out = u * np.abs(self.out) + relative * self.weight + tiniest / 2
@@ -86,8 +87,8 @@ class Expected:
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, **masks: object) -> Expected:
-    """q (batch, seqlen_q, heads, head_dim); k and v (batch, seqlen_k, kv_heads, head_dim)."""
-    result = _blank(q.shape, packed=False)
+    """q (batch, seqlen_q, heads, head_dim); k and v (batch, seqlen_k, kv_heads, head_dim), v's head_dim its own."""
+    result = _blank(q, v, packed=False)
     for b in range(len(q)):
         _one_sequence(result, b, q[b], k[b], v[b], b, **masks)
     return result
@@ -108,7 +109,7 @@ def attention_varlen(
     **masks: object,
 ) -> Expected:
     """q (total_q, heads, head_dim); k and v packed, or paged with block_table. cu_seqlens_k None means cu_seqlens_q."""
-    result = _blank(q.shape, packed=True)
+    result = _blank(q, v, packed=True)
     if cu_seqlens_k is None and block_table is None:
         cu_seqlens_k = cu_seqlens_q
     for b in range(len(cu_seqlens_q) - 1):
@@ -150,7 +151,7 @@ def attention_with_kvcache(
     An FP8 cache is its bytes, and kv_dtype is given. stored: the caches as the call under test left them, where new
     rows that were rotated or rounded to FP8 are among `append_range`; by default they are as `append_kv` rounds them.
     """
-    result = _blank(q.shape, packed=False)
+    result = _blank(q, v_cache, packed=False)
     batch = len(q)
     places = {"cache_batch_idx": cache_batch_idx, "block_table": block_table, "layout": layout}
     if k is not None and stored is None:
@@ -402,12 +403,13 @@ def _over_seen(weights: np.ndarray, values: np.ndarray, seen: np.ndarray) -> np.
     return np.array([weights[i, seen[i]] @ values[seen[i]] for i in range(len(seen))]).reshape(len(seen), -1)
 
 
-def _blank(shape: Sequence[int], packed: bool) -> Expected:
+def _blank(q: np.ndarray, v: np.ndarray, packed: bool) -> Expected:
     """Results of rows that see no key."""
+    shape = (*q.shape[:-1], v.shape[-1])
     rows = (shape[1], shape[0]) if packed else (shape[0], shape[2], shape[1])
     out = (np.zeros(shape) for _ in range(3))
     per_row = np.zeros(rows), np.zeros(rows, dtype=int), np.zeros(rows)
-    return Expected(next(out), np.full(rows, -np.inf), next(out), next(out), *per_row)
+    return Expected(next(out), np.full(rows, -np.inf), next(out), next(out), *per_row, q.shape[-1])
 
 
 def _from_blocks(cache: np.ndarray, blocks: np.ndarray, length: int, layout: str) -> np.ndarray:

@@ -21,6 +21,7 @@ def make_problem(head_dim: int, kind: str = "dense", **changes) -> Problem:
         num_heads=32,
         num_kv_heads=8,
         head_dim=head_dim,
+        head_dim_v=head_dim,
         packed_q=kind != "dense",
         total_q=64 * 4096,
         seqlen_q=4096,

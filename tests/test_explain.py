@@ -1,5 +1,6 @@
 """explain: what a call would run, for arrays here and for chips elsewhere."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -83,16 +84,55 @@ def test_cpu_arrays_run_in_numpy():
 def test_a_chip_that_is_not_present(arch):
     pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
     found = cupyattn.explain(*arrays(batch=8, seqlen_q=512, seqlen_k=512), causal=True, arch=arch)
-    assert found.kernel == "forward_sm80"
+    assert found.kernel == ("forward_sm90" if arch.startswith("90") else "forward_sm80")
     assert 0 < found.registers <= 255
     assert found.spill_bytes == 0
-    assert found.blocks_per_multiprocessor >= 1
+    assert found.blocks_per_multiprocessor >= 1 and found.stages >= 1
+    assert 0 < found.occupancy <= 1
     assert found.roofline_seconds > 0
     assert found.bound in ("memory", "compute")
     text = str(found)
     assert "no spills" in text
     assert "because" in text
     json.dumps(found.as_dict())
+
+
+def test_warps_of_two_trades_have_registers_of_their_own():
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    found = cupyattn.explain(*arrays(head_dim=128), arch="90")
+    assert found.registers_by_role == {"loading": 40, "computing": 232}
+    assert found.blocks_per_multiprocessor == 1 and found.occupancy == 12 / 64
+    assert "168 registers a thread (40 loading, 232 computing), no spills" in str(found)
+    assert "1 block on a multiprocessor, 19% of its warps" in str(found)
+    assert cupyattn.explain(*arrays(head_dim=128), arch="80").registers_by_role is None
+
+
+def test_reasons_say_why_the_hopper_kernel_is_not_taken():
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    found = cupyattn.explain(*arrays(head_dim=100), arch="90")
+    assert found.kernel == "forward_sm80"
+    assert "not forward_sm90: its head dimensions are multiples of 8 up to 256" in str(found)
+    with pytest.raises(ValueError, match="kernel: got 'forward_sm90', .* its head dimensions are multiples of 8"):
+        cupyattn.explain(*arrays(head_dim=100), arch="90", kernel="forward_sm90")
+
+
+def test_only_arrays_on_a_gpu_are_measured():
+    for options, message in (
+        ({}, "measure: got True for arrays on cpu, expected arrays on a GPU"),
+        ({"arch": "90"}, "measure: got True with arch '90', expected arch None: only a GPU that is here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cupyattn.explain(*arrays(), measure=True, **options)
+    with pytest.raises(TypeError, match="measure: got 'yes', expected True or False"):
+        cupyattn.explain(*arrays(), measure="yes")
+
+
+def test_a_measured_time_has_a_share_of_the_roofline():
+    pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="NVRTC comes with CuPy")
+    found = cupyattn.explain(*arrays(), arch="90")
+    assert found.measured_seconds is None and "measured" not in str(found).replace("ceilings: measured", "")
+    found = dataclasses.replace(found, measured_seconds=2e-6, roofline_share=0.355)
+    assert str(found).endswith("\n  measured 2.0 us, 35.5% of that speed")
 
 
 def test_decode_is_bound_by_memory_and_prefill_by_arithmetic():
@@ -211,7 +251,28 @@ def test_the_device_of_the_arrays():
     cupy = pytest.importorskip("cupy")
     q, k, v = (cupy.asarray(array) for array in arrays())
     found = cupyattn.explain(q, k, v, causal=True)
-    assert found.kernel == "forward_sm80"
+    hopper = cupy.cuda.Device().compute_capability == "90"
+    assert found.kernel == ("forward_sm90" if hopper else "forward_sm80")
     assert found.registers
     simt = cupyattn.explain(*(array.astype(cupy.float32) for array in (q, k, v)))
     assert simt.kernel == "forward_simt"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_a_call_is_measured(library):
+    """On the library's own stream; new rows are stored as by the call."""
+    made = pytest.importorskip(library)
+    convert = made.asarray if library == "cupy" else lambda array: made.from_numpy(array).cuda()
+    q, k, v = map(convert, arrays(seqlen_q=2048, seqlen_k=2048))
+    found = cupyattn.explain(q, k, v, causal=True, return_lse=True, measure=True)
+    assert 0 < found.roofline_share < 1.2
+    assert found.measured_seconds == pytest.approx(found.roofline_seconds / found.roofline_share)
+    assert "of that speed" in str(found)
+    new = [convert(2 * array) for array in arrays(seqlen_k=3)[1:]]
+    length = convert(np.array([5, 2045], np.int32))
+    appended = cupyattn.explain(q[:, :1], k, v, k=new[0], v=new[1], cache_seqlens=length, measure=True)
+    assert appended.kernel == "decode" and appended.measured_seconds > 0
+    assert float(k[0, 5:8].min()) == float(v[1, 2045:].min()) == 2
+    none = cupyattn.explain(q[:, :0], k, v, measure=True)
+    assert none.kernel == "none" and none.measured_seconds is None

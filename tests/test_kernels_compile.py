@@ -2,6 +2,8 @@
 
 import dataclasses
 import faulthandler
+import struct
+from collections import Counter
 
 import pytest
 from problems import CAUSAL, FULL, NO_STRIDES, make_problem, make_step
@@ -160,6 +162,124 @@ def _step(head_dim: int, *, kind: str = "paged", block_size: int = 16, **changes
     return dataclasses.replace(step, cache=cache)
 
 
+# ------------------------------------------------------------------------------------------------------- Hopper
+
+# An instruction of sm_90 takes 16 bytes. The lowest 9 bits of the first word say which it is, 3 more where its operands
+# are. As `nvdisasm -hex` shows them: HGMMA is a product of a warpgroup, HMMA of a warp; LDL and STL are local memory's.
+OPCODE_BITS = 0x1FF
+HGMMA, HMMA, LDL, STL = 0x1F0, 0x03C, 0x183, 0x187
+# ptxas puts the products of a warpgroup one behind the other where it finds no other way, and says so.
+SERIALIZED = ("C7510", "C7512", "C7514")
+
+FEW = {"packed_q": False, "batch": 2, "seqlen_q": 20, "total_q": 40, "num_splits": 1}  # rows: a group shares a tile
+BIAS = {"softcap": 30.0, "alibi": "heads"}
+HOPPER_FORMS = {
+    "full": {"window": FULL},
+    "causal": {},
+    "window": {"window": (100, 10)},
+    "left": {"window": (100, -1), "kind": "packed", "dtype": "bfloat16"},
+    "packed": {"kind": "packed"},
+    "lengths": {"seqused_k": True, "leftpad": True, "window": FULL, "dtype": "bfloat16"},
+    "negative scale": {"softmax_scale": -0.125},
+    "softcap": {"softcap": 30.0, "window": FULL},
+    "alibi": {"alibi": "batch_heads", "kind": "packed"},
+    "shaped": {"window": (100, 100), "kind": "paged", **BIAS},
+    "sinks": {"sinks": True, "kind": "paged", "dtype": "bfloat16"},
+    "group": {"kind": "paged", **FEW},
+    "odd group": {"kind": "paged", "num_heads": 24, "window": (100, 10), **FEW, **BIAS},
+    "split": {"kind": "paged", "num_heads": 8, **FEW, "num_splits": 4},
+    "split, shaped": {"num_heads": 56, "dtype": "bfloat16", **FEW, "num_splits": 4, **BIAS},
+    "gathered": {"kind": "paged", "block_size": 1},
+    "gathered, left": {"kind": "paged", "block_size": 3, "window": (100, 10), "dtype": "bfloat16"},
+    "gathered, shifted": {"kind": "paged", "leftpad": True, "sinks": True},
+}
+HOPPER_TRAITS = {  # whether a form is what its name says
+    "full": {"MASK": 0},
+    "causal": {"MASK": 1, "LEFT": 0, "GATHER": 0, "KV_SPLITS": 0},
+    "left": {"LEFT": 1},
+    "lengths": {"RAGGED_KEYS": 1},
+    "negative scale": {"SCALE_FIRST": 1},
+    "group": {"GROUP": 4, "KV_SPLITS": 0},
+    "odd group": {"GROUP": 3, "KV_SPLITS": 0, "LEFT": 1},
+    "split": {"KV_SPLITS": 1},
+    "split, shaped": {"KV_SPLITS": 1, "GROUP": 7},
+    "gathered": {"GATHER": 1},
+    "gathered, left": {"GATHER": 1, "LEFT": 1},
+    "gathered, shifted": {"GATHER": 1},
+}
+# Everything at the most usual width; what needs registers or memory most at all others.
+HOPPER_CASES = [(128, form) for form in HOPPER_FORMS]
+HOPPER_CASES += [(head_dim, "full") for head_dim in (8, 64, 72, 96, 160, 192, 256)]
+HOPPER_CASES += [(head_dim, "shaped") for head_dim in (64, 96, 192, 256)]
+HOPPER_CASES += [(64, "split"), (96, "odd group"), (192, "causal"), (256, "split, shaped"), (256, "gathered, left")]
+
+
+@pytest.mark.parametrize(("head_dim", "form"), HOPPER_CASES)
+def test_hopper_kernel(head_dim, form, in_time):
+    defines = _compile_hopper(_prefill(head_dim, **HOPPER_FORMS[form]))
+    assert HOPPER_TRAITS.get(form, {}).items() <= defines.items()
+
+
+@pytest.mark.parametrize("block_size", [8, 64, 128, 256])
+def test_hopper_kernel_of_blocks(block_size, in_time):
+    _compile_hopper(_prefill(128, kind="paged", block_size=block_size, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(192, 128), (64, 256), (256, 72), (96, 8)])
+def test_hopper_kernel_of_other_values(head_dim, head_dim_v, in_time):
+    _compile_hopper(_prefill(head_dim, head_dim_v=head_dim_v))
+
+
+def test_opcodes_are_those_of_the_instructions():
+    """Seen where the instructions must be."""
+    source = """extern "C" __global__ void __launch_bounds__(256, 8) spill(float* x, int n) { float a[64];
+    #pragma unroll
+    for (int i = 0; i < 64; ++i) a[i] = x[i * n];
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < 64; ++i) x[i * n + 1] = a[i] * a[63 - i]; }"""
+    spilling = compile.compile_source("spill", source, compile.options((), "90a"), "90a")
+    assert spilling.spill_bytes
+    found = _opcodes(spilling.cubin)
+    assert found[LDL] and found[STL] and not found[HMMA] and not found[HGMMA]
+    found = _opcodes(compile.compile_cubin("forward_sm80", plan(_prefill(64), DEVICES["80"]).defines, "90a").cubin)
+    assert found[HMMA] and not found[LDL] and not found[STL] and not found[HGMMA]
+
+
+def _prefill(head_dim: int, *, kind: str = "dense", block_size: int = 16, **changes) -> Problem:
+    problem = make_problem(head_dim, kind, **changes)
+    block_size = block_size if kind == "paged" else 0
+    return dataclasses.replace(problem, cache=dataclasses.replace(problem.cache, block_size=block_size))
+
+
+def _compile_hopper(problem: Problem) -> dict[str, int]:
+    """Products of whole warpgroups alone, side by side with the rest, and nothing in local memory."""
+    device = DEVICES["90a"]
+    made = plan(problem, device, "forward_sm90")
+    compiled = compile.compile_cubin(made.kernel, made.defines, device.arch)
+    what = dict(made.defines)
+    assert compiled.spill_bytes == 0, f"{compiled.spill_bytes} bytes spilled with {what}"
+    assert compiled.shared_bytes <= STATIC_SHARED, "plans count on this much beside the tiles"
+    assert made.shared_bytes + compiled.shared_bytes <= device.shared_per_block
+    assert not any(warning in compiled.log for warning in SERIALIZED), f"products in line with {what}\n{compiled.log}"
+    found = _opcodes(compiled.cubin)
+    assert found[HGMMA] and not found[HMMA] and not found[LDL] and not found[STL], what
+    return what
+
+
+def _opcodes(cubin: bytes) -> Counter[int]:
+    """How often each instruction stands in the functions of a cubin, an ELF file of 64 bits."""
+    headers, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + i * size) for i in range(count)]
+    found = Counter()
+    for name, offset, length in sections:
+        if cubin.startswith(b".text.", sections[names][1] + name):
+            found.update(word & OPCODE_BITS for word, _ in struct.iter_unpack("<QQ", cubin[offset : offset + length]))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ append, rotary, merge
+
 HALVES, INTERLEAVED = (
     Rotary(128, interleaved, 4096, dtype, True) for interleaved, dtype in ((0, "bfloat16"), (1, "float32"))
 )
@@ -181,6 +301,7 @@ def make_append(head_dim: int = 128, **changes) -> Append:
         batch=64,
         num_kv_heads=8,
         head_dim=head_dim,
+        head_dim_v=head_dim,
         packed_new=False,
         total_new=1024,
         seqlen_new=16,

@@ -14,25 +14,37 @@ from test_arrays import Runtime, at_address
 from test_decode import dense, held, ints, paged, tables
 from test_decode import step as checked_step
 
-from cupyattn import arrays, attention_with_kvcache
+from cupyattn import arrays, attention, attention_varlen, attention_with_kvcache
 from cupyattn.attention import remembered
 from cupyattn.kernels import launch, workspace
-from cupyattn.plan import DEVICES
+from cupyattn.kernels.tensor_map import MAP_BYTES
+from cupyattn.plan import COUNTER_BYTES, DEVICES
 
 ROTATED = OUT = 0xE0000000  # what the stand-in for CuPy's allocator gives
+COUNTERS = 0x70000000  # at the beginning of the workspace
 
 
 class Launches(Runtime):
-    """CuPy's runtime, and what was launched: (kernel, its argument as 8-byte words, stream)."""
+    """CuPy's runtime, and what was launched: (kernel, its first argument as 8-byte words, stream).
+
+    Of forward_sm90 also its second arguments: tensor maps are texts that say what of.
+    """
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.maps = [], []
         self.arch = "90a"
 
-    def enqueue(self, function, grid, block, argument, shared, stream):
+    def enqueue(self, function, grid, block, arguments, shared, stream):
         assert grid[0] and block[0]
-        self.seen.append((function, np.frombuffer(argument.tobytes(), np.int64), stream))
+        words, *maps = (argument.tobytes() for argument in arguments)
+        assert len(maps) == (function == "forward_sm90")
+        self.seen.append((function, np.frombuffer(words, np.int64), stream))
+        self.maps += maps
+
+    def encode(self, pointer, dtype, shape, strides, box):
+        assert len(shape) == len(strides) + 1 == len(box) + 1 <= 5
+        return f"{pointer:#x} {dtype} {shape} {strides} {box}".encode().ljust(MAP_BYTES)
 
     @property
     def kernels(self):
@@ -46,7 +58,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(arrays, "_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "describe_device", lambda device: DEVICES[made.arch])
     monkeypatch.setattr(launch.jit, "load", lambda name, *rest: types.SimpleNamespace(function=name, meta={}))
-    monkeypatch.setattr(launch, "workspace", lambda *arguments: types.SimpleNamespace(pointer=0x70000000))
+    monkeypatch.setattr(launch, "workspace", lambda *arguments: types.SimpleNamespace(pointer=COUNTERS))
+    monkeypatch.setattr(launch, "encode", made.encode)
     monkeypatch.setattr(launch, "enqueue", made.enqueue)
     monkeypatch.setattr("cupyattn.kernels.rotary.enqueue", made.enqueue)
     monkeypatch.setattr("cupyattn.kernels.rotary.describe_device", launch.describe_device)
@@ -81,7 +94,8 @@ def run(seqlen_q=2, dtype="float16", lengths=0x800, q=None, **options):
     [
         ("90a", "float32", 1, "forward_simt"),
         ("75", "float16", 2, "forward_sm80"),
-        ("90a", "float16", 17, "forward_sm80"),
+        ("80", "float16", 17, "forward_sm80"),
+        ("90a", "float16", 17, "forward_sm90"),
         ("70", "bfloat16", 1, "forward_simt"),
     ],
 )
@@ -140,6 +154,68 @@ def test_rotated_queries_of_a_graph_are_kept(launches):
     launches.capturing = True
     run(**new_rows())
     assert [kept.pointer for kept in workspace._kept] == [ROTATED]
+
+
+def described(maps):
+    """The texts of forward_sm90's tensor maps; behind them its counters' address, and zeros up to 64 bytes."""
+    assert len(maps) == 4 * MAP_BYTES + 64
+    assert maps[4 * MAP_BYTES :] == COUNTERS.to_bytes(8, "little") + bytes(56)
+    return [maps[i * MAP_BYTES : (i + 1) * MAP_BYTES].rstrip().decode() for i in range(4)]
+
+
+def test_the_hopper_kernel_takes_maps_of_its_arrays(launches):
+    """Queries by groups of heads that share keys, where they are packed; keys and values of a dense cache as tiles."""
+    run(17)
+    ((function, _, _),) = launches.seen
+    assert function == "forward_sm90"
+    queries, strides = "(64, 4, 17, 2, 3)", "(64, 512, 256, 8704)"
+    (tile,) = {x.split()[-3].strip("(,") for x in described(launches.maps[0])[1:3]}
+    keys = f"float16 (64, 80, 2, 3) (128, 64, 10240) ({tile}, 1, 1)"
+    assert described(launches.maps[0]) == [
+        f"0x100000 float16 {queries} {strides} (4, 16, 1, 1)",
+        f"0x200000 {keys}",
+        f"0x300000 {keys}",
+        f"{OUT:#x} float16 {queries} {strides} (4, 16, 1, 1)",
+    ]
+
+
+def test_maps_of_packed_queries_and_of_paged_keys(launches):
+    q = at(0x100000, (90, 8, 64))
+    blocks = (at(base, (50, 16, 2, 64)) for base in (0x200000, 0x300000))
+    arrays = at(0x800, (4,), "int32"), None
+    options = {"block_table": at(0x900, (3, 20), "int32"), "seqused_k": at(0xA00, (3,), "int32")}
+    attention_varlen(q, *blocks, *arrays, **options, causal=True)
+    found = described(launches.maps[0])
+    queries = "float16 (64, 4, 90, 2, 1) (64, 512, 256, 0) (4, 16, 1, 1)"
+    assert found[::3] == [f"{at} {queries}" for at in ("0x100000", f"{OUT:#x}")]
+    assert found[1:3] == [f"{at} float16 (64, 16, 2, 50) (128, 64, 2048) (16, 1, 1)" for at in ("0x200000", "0x300000")]
+
+
+def test_parts_of_split_keys_leave_without_a_map(launches, monkeypatch):
+    """Behind the counters in the workspace, in float32, from where the merge takes them."""
+    monkeypatch.setattr("cupyattn.kernels.merge.enqueue", launches.enqueue)
+    monkeypatch.setattr("cupyattn.kernels.merge.describe_device", lambda device: DEVICES["90a"])
+    q, *caches = (at(base, (1, rows, 2, 64)) for base, rows in ((0x100000, 64), (0x200000, 4096), (0x300000, 4096)))
+    attention(q, *caches)
+    assert launches.kernels == ["forward_sm90", "merge_states"]
+    assert described(launches.maps[0])[3] == "\0" * MAP_BYTES
+    assert launches.seen[0][1][3] == COUNTERS + COUNTER_BYTES
+
+
+def test_maps_are_kept_while_arrays_come_back(launches, monkeypatch):
+    encoded = []
+
+    def encode(pointer, *form):
+        encoded.append(pointer)
+        return bytes(MAP_BYTES)
+
+    monkeypatch.setattr(launch, "encode", encode)
+    run(17)
+    run(17)
+    assert sorted(encoded) == [0x100000, 0x200000, 0x300000, OUT]
+    run(17, q=at(0x1000000, (3, 17, 8, 64)))
+    assert encoded[4:] == [0x1000000]
+    assert launches.kernels == ["forward_sm90"] * 3
 
 
 # ---------------------------------------------------------------------------------------------- on a real device

@@ -11,7 +11,10 @@ from cupyattn.plan import (
     COUNTER_BYTES,
     DECODE_BATCH,
     DEVICES,
+    HOPPER_SECTION,
     KERNELS,
+    STATIC_SHARED,
+    HopperTile,
     effective_window,
     plan,
     prefix_kernel,
@@ -43,6 +46,9 @@ def test_float32_never_takes_the_tensor_cores():
         ("75", "float16", "forward_sm80"),
         ("75", "bfloat16", "forward_simt"),
         ("80", "bfloat16", "forward_sm80"),
+        ("90a", "float16", "forward_sm90"),
+        ("90a", "bfloat16", "forward_sm90"),
+        ("100a", "bfloat16", "forward_sm80"),
         ("120a", "float16", "forward_sm80"),
     ],
 )
@@ -69,8 +75,8 @@ def test_decode_packs_the_group_and_prefill_does_not():
 def test_few_rows_take_small_tiles():
     few = make_problem(128, batch=1, seqlen_q=512, total_q=512, num_heads=8, num_kv_heads=8)
     few = dataclasses.replace(few, cache=dataclasses.replace(few.cache, rows=512))  # too few keys to share out
-    assert plan(few, DEVICES["90a"]).tile_rows == 64
-    assert plan(make_problem(128), DEVICES["90a"]).tile_rows == 128
+    assert plan(few, DEVICES["80"]).tile_rows == 64
+    assert plan(make_problem(128), DEVICES["80"]).tile_rows == 128
 
 
 def test_sides_of_the_window_that_hide_nothing_are_dropped():
@@ -80,27 +86,33 @@ def test_sides_of_the_window_that_hide_nothing_are_dropped():
     assert effective_window(make_problem(64, window=CAUSAL)) == CAUSAL
 
 
+@pytest.mark.parametrize("arch", ["80", "90a"])
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 700), min_size=1, max_size=40), st.sampled_from([(8, 8), (8, 2), (12, 1)]))
-def test_the_grid_of_packed_queries_covers_every_split_of_the_rows(lengths, heads):
-    """The grid is made from the total alone; the kernel needs a block for every tile of any lengths of that total."""
+@given(
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=40),
+    heads=st.sampled_from([(8, 8), (8, 2), (12, 1), (12, 4)]),
+)
+def test_the_grid_of_packed_queries_covers_every_split_of_the_rows(arch, lengths, heads):
+    """It is made from the total alone, but any lengths of that total must find a block, or a turn of one, for each
+    tile."""
     num_heads, num_kv_heads = heads
     total = sum(lengths) + 17  # rows behind the last sequence count as one more
     problem = make_problem(
         64, "packed", batch=len(lengths), total_q=total, seqlen_q=total, num_heads=num_heads, num_kv_heads=num_kv_heads
     )
-    made = plan(problem, DEVICES["90a"])
+    made = plan(problem, DEVICES[arch])
     tiles = sum(-(-length * made.group // made.tile_rows) for length in [*lengths, 17])
-    assert made.grid >= tiles * (num_kv_heads if made.group > 1 else num_heads)
+    assert max(made.grid, made.total_tiles) >= tiles * (num_kv_heads if made.group > 1 else num_heads)
 
 
 def test_plans_are_equal_for_equal_problems():
     assert plan(make_problem(96), DEVICES["80"]) == plan(make_problem(96), DEVICES["80"])
 
 
-def test_warmup_covers_prefill_decode_and_append():
-    variants = warmup_variants("90a", (128,), ("bfloat16",))
-    assert {name for name, _ in variants} == {"forward_sm80", "decode", "append_kv"}
+@pytest.mark.parametrize(("arch", "forward"), [("80", "forward_sm80"), ("90a", "forward_sm90")])
+def test_warmup_covers_prefill_decode_and_append(arch, forward):
+    variants = warmup_variants(arch, (128,), ("bfloat16",))
+    assert {name for name, _ in variants} == {forward, "decode", "append_kv"}
     assert len(variants) == len(set(variants))
     assert any(dict(defines).get("GROUP") == 4 for _, defines in variants)
 
@@ -142,7 +154,8 @@ def test_who_takes_decode():
 
     assert kernel("80") == kernel("90a") == "decode"
     assert kernel("90a", seqlen_q=16) == "decode"
-    assert kernel("90a", seqlen_q=17) == kernel("75") == kernel("90a", batch=DECODE_BATCH + 1) == "forward_sm80"
+    assert kernel("80", seqlen_q=17) == kernel("75") == kernel("80", batch=DECODE_BATCH + 1) == "forward_sm80"
+    assert kernel("90a", seqlen_q=17) == kernel("90a", batch=DECODE_BATCH + 1) == "forward_sm90"
     assert kernel("90a", seqlen_q=17, kv_dtype="float8_e4m3fn") == "decode"
     assert kernel("90a", dtype="float32", kv_dtype="float32") == "forward_simt"
 
@@ -195,22 +208,27 @@ def test_a_single_sequence_is_cut_by_constants():
     assert dict(odd.defines)["UNIT_SHARES"] == 0 and odd.grid == 15
 
 
-def test_the_forward_kernel_splits_keys_where_rows_are_few():
+@pytest.mark.parametrize(("kernel", "most"), [("forward_sm80", 16), ("forward_sm90", 8)])
+def test_the_forward_kernel_splits_keys_where_rows_are_few(kernel, most):
+    """64 rows of 32/8 heads make 16 tiles. On each of 132 multiprocessors run two blocks of forward_sm80, or one of
+    forward_sm90."""
+
     def splits(rows, keys, **changes):
         problem = make_problem(128, packed_q=False, batch=1, seqlen_q=rows, total_q=rows, window=FULL, **changes)
         problem = dataclasses.replace(problem, cache=dataclasses.replace(problem.cache, rows=keys))
-        made = plan(problem, DEVICES["90a"], "forward_sm80")
-        assert dict(made.defines)["KV_SPLITS"] == (made.kv_splits > 1) and made.grid % made.kv_splits == 0
+        made = plan(problem, DEVICES["90a"], kernel)
+        tiles = made.total_tiles if kernel == "forward_sm90" else made.grid
+        assert dict(made.defines)["KV_SPLITS"] == (made.kv_splits > 1) and tiles % made.kv_splits == 0
         assert (made.workspace_bytes > COUNTER_BYTES) == (made.kv_splits > 1)
         assert (made.kv_splits > 1) == any("share the keys of a tile" in reason for reason in made.reasons)
         return made.kv_splits
 
-    assert splits(64, 32768) == 16 and splits(64, 2**20) == 16  # 16 tiles fill the chip with as many splits
+    assert splits(64, 32768) == splits(64, 2**20) == most  # 16 tiles fill the chip with as many splits
     assert splits(64, 2048) == 4 and splits(64, 1000) == 1
     assert splits(4096, 32768) == 1 and splits(64, 32768, sinks=True) == 1
-    assert splits(64, 32768, num_splits=3) == 3 and splits(64, 1000, num_splits=1000) == 16
+    assert splits(64, 32768, num_splits=3) == 3 and splits(64, 1000, num_splits=1000) == most
     assert splits(4096, 32768, num_splits=1000) == 1 and splits(512, 32768) == 1  # tiles enough
-    assert plan(make_problem(128, "paged", window=FULL), DEVICES["90a"]).kv_splits == 1  # packed by cu_seqlens
+    assert plan(make_problem(128, "paged", window=FULL), DEVICES["90a"], kernel).kv_splits == 1  # packed by cu_seqlens
 
 
 def test_who_reads_a_shared_prefix():
@@ -235,3 +253,124 @@ def test_places_in_the_line_count_in_32_bits():
 def test_more_query_rows_than_32_bits_count_are_not_decodes():
     with pytest.raises(ValueError, match="kernel: got 'decode', expected 'auto': .* in 32 bits"):
         plan(make_step(128, batch=1, seqlen_q=2**29), DEVICES["90a"], "decode")
+
+
+# ------------------------------------------------------------------------------------------------------- Hopper
+
+HOPPER = DEVICES["90a"]
+
+
+@pytest.mark.parametrize("window", [FULL, CAUSAL], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_hopper_tiles_fit(head_dim, window):
+    """Shared memory and registers of a multiprocessor, whatever the width of values."""
+    for head_dim_v in (8, 64, 72, 128, 192, 256, head_dim):
+        made = plan(make_problem(head_dim, head_dim_v=head_dim_v, window=window), HOPPER, "forward_sm90")
+        assert made.shared_bytes + STATIC_SHARED <= HOPPER.shared_per_block
+        defines = dict(made.defines)
+        loading, computing = defines["PRODUCER_REGISTERS"], defines["CONSUMER_REGISTERS"]
+        assert 24 <= loading and computing <= 255 and loading % 8 == computing % 8 == 0
+        assert 128 * (loading + defines["CONSUMERS"] * computing) <= 64 << 10
+        assert made.threads == 128 * (1 + defines["CONSUMERS"])
+        assert -(-head_dim_v // 64) % defines["OUT_BLOCKS"] == 0, "columns leave in equal parts"
+
+
+def test_a_hopper_tile_counts_its_arrays():
+    """Of bfloat16 in blocks of 64 columns, and what aligns them."""
+    tile = HopperTile(consumers=2, keys=96, stages=3, query_stages=1, out_columns=128)
+    queries, keys, values, out = 2 * 64 * 192, 3 * 96 * 192, 3 * 96 * 128, 2 * 64 * 128
+    assert tile.shared_bytes(136, 128) == 2 * (queries + keys + values + out) + 1024
+    assert (tile.rows, tile.warps) == (128, 12)
+    assert tile.shared_bytes(136, 136) == 2 * (queries + 2 * keys + 2 * 64 * 64) + 1024, "three blocks leave one by one"
+
+
+def with_cache(problem, **changes):
+    return dataclasses.replace(problem, cache=dataclasses.replace(problem.cache, **changes))
+
+
+HOPPER_OBSTACLES = {
+    "its head dimensions are multiples of 8 up to 256": make_problem(100),
+    "the copy engine wants rows at multiples of 16 bytes": make_problem(128, alignment=8),
+    "the copy engine wants rows at multiples of 16 bytes ": make_problem(128, out_alignment=8),
+    "there are no keys": with_cache(make_problem(128), rows=0),
+    "there are no keys ": with_cache(make_problem(128), entries=0),
+    "the copy engine knows no negative strides": make_problem(128, q_strides=(8, -8, 8)),
+    "the copy engine knows no negative strides ": with_cache(make_problem(128), v_strides=(8, 8, -8)),
+}
+
+
+@pytest.mark.parametrize("reason", HOPPER_OBSTACLES)
+def test_what_the_hopper_kernel_cannot_take_is_refused_and_falls_back(reason):
+    problem, reason = HOPPER_OBSTACLES[reason], reason.strip()
+    with pytest.raises(ValueError, match=f"^kernel: got 'forward_sm90', expected 'auto' or another kernel: {reason}$"):
+        plan(problem, HOPPER, "forward_sm90")
+    made = plan(problem, HOPPER)
+    assert made.kernel == "forward_sm80"
+    assert made.reasons[0] == f"float16 on sm_90a takes the tensor cores, not forward_sm90: {reason}"
+
+
+def test_the_hopper_kernel_is_hoppers():
+    for arch in ("80", "100a", "120a"):
+        with pytest.raises(ValueError, match=f"kernel: got 'forward_sm90', .* sm_{arch} is no Hopper"):
+            plan(make_problem(128), DEVICES[arch], "forward_sm90")
+    with pytest.raises(ValueError, match="kernel: got 'forward_sm90', .* round float32"):
+        plan(make_problem(128, dtype="float32"), HOPPER, "forward_sm90")
+    with pytest.raises(ValueError, match="kernel: got 'forward_sm90', .* 'decode', which alone reads FP8 caches"):
+        plan(make_step(128, kv_dtype="float8_e5m2"), HOPPER, "forward_sm90")
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "heads", "tiles", "blocks"),
+    [(1, 128, (4, 4), 4, 4), (1, 129, (4, 4), 8, 8), (2, 4096, (32, 8), 2048, 132), (3, 100, (8, 2), 24, 24)],
+)
+def test_blocks_of_the_hopper_kernel_take_tiles_in_turn(batch, seqlen, heads, tiles, blocks):
+    num_heads, num_kv_heads = heads
+    rows = {"batch": batch, "seqlen_q": seqlen, "total_q": batch * seqlen, "packed_q": False, "num_splits": 1}
+    made = plan(make_problem(128, num_heads=num_heads, num_kv_heads=num_kv_heads, **rows), HOPPER)
+    assert (made.total_tiles, made.grid, made.workspace_bytes) == (tiles, blocks, COUNTER_BYTES)
+    assert made.reasons[-1] == f"{blocks} blocks stay and take {tiles} tiles in turn"
+    none = plan(make_problem(128, packed_q=False, batch=0, total_q=0), HOPPER)
+    assert (none.total_tiles, none.grid) == (0, 0)
+
+
+@pytest.mark.parametrize(("group", "box"), [(1, (1, 64)), (3, (3, 21)), (4, (4, 16)), (64, (64, 1)), (65, (1, 64))])
+def test_a_product_takes_whole_groups_of_heads(group, box):
+    """Which leaves some of its 64 rows unused where they are no multiple, and packs no group that is larger."""
+    few = {"batch": 2, "seqlen_q": 20, "total_q": 40, "packed_q": False}
+    made = plan(make_problem(128, num_heads=8 * group, num_kv_heads=8, **few), HOPPER, "forward_sm90")
+    assert (made.group, made.query_box) == (box[0], box)
+    assert made.tile_rows == dict(made.defines)["TILE_M"] == 2 * box[0] * box[1]
+
+
+def test_copies_of_keys_lie_within_a_block_of_the_cache():
+    def box(problem):
+        made = plan(problem, HOPPER, "forward_sm90")
+        defines = dict(made.defines)
+        assert defines["GATHER"] == (made.key_box == 0) and made.tile_keys == 128
+        return made.key_box
+
+    assert box(make_problem(128)) == box(make_problem(128, "packed")) == 128
+    paged = make_problem(128, "paged")
+    sizes = {size: box(with_cache(paged, block_size=size)) for size in (1, 3, 8, 16, 24, 64, 100, 128, 256)}
+    assert sizes == {1: 0, 3: 0, 8: 8, 16: 16, 24: 8, 64: 64, 100: 0, 128: 128, 256: 128}
+    assert box(dataclasses.replace(paged, leftpad=True)) == 0, "rows are shifted against the blocks"
+
+
+def test_sections_of_the_hopper_kernel():
+    """Under a mask so many heads side by side that long tiles of one end beside short ones of others."""
+    for seqlen in (256, 1024, 4096, 16384):
+        rows = {"batch": 16384 // seqlen, "seqlen_q": seqlen, "total_q": 16384, "packed_q": False}
+        pairs = rows["batch"] * 32
+        full, causal = (plan(make_problem(128, window=window, **rows), HOPPER) for window in (FULL, CAUSAL))
+        assert full.pairs_per_section == 1
+        assert min(pairs, HOPPER_SECTION) <= causal.pairs_per_section <= pairs
+        assert plan(make_problem(128, **rows), HOPPER, pairs_per_section=3).pairs_per_section == 3
+
+
+def test_a_hopper_tile_may_be_insisted_on():
+    tile = HopperTile(consumers=3, keys=96, stages=2, query_stages=1, out_columns=64)
+    made = plan(make_problem(128), HOPPER, tile=tile)
+    defines = dict(made.defines)
+    assert (made.tile_rows, made.tile_keys, made.stages, made.threads) == (192, 96, 2, 512)
+    assert (defines["CONSUMERS"], defines["QUERY_STAGES"], defines["OUT_BLOCKS"]) == (3, 1, 1)
+    assert made.shared_bytes == tile.shared_bytes(128, 128)

@@ -48,7 +48,7 @@ def agrees(backend, function, make, **options):
     plan = PrefillPlan(*example, **run, **fixed)
     assert all(backend.get(x).tobytes() == backend.get(y).tobytes() for x, y in zip(example, own, strict=True))
     expected = getattr(cupyattn, function)(*eager, **run, **fixed)
-    room = backend.put(np.full(own[0].shape, np.nan, own[0].dtype))
+    room = backend.put(np.full((*own[0].shape[:-1], own[2].shape[-1]), np.nan, own[0].dtype))
     for out in (None, room, None):
         got = plan.run(*own, **run, out=out)
         same(backend, got, expected)

@@ -67,6 +67,7 @@ def test_a_dense_call():
         num_heads=8,
         num_kv_heads=2,
         head_dim=64,
+        head_dim_v=64,
         packed_q=False,
         total_q=10,
         seqlen_q=5,
@@ -129,6 +130,28 @@ def test_a_paged_call_differs_by_layout_in_strides_alone(layout):
     strides = (2048, 128, 64) if layout == "NHD" else (2048, 64, 1024)
     assert problem.cache == Cache("paged", 10, 80, 16, 5, 6, strides, strides)
     assert (problem.seqlen_k, problem.num_kv_heads, problem.seqused_k) == (80, 2, True)
+
+
+def test_values_have_a_head_dim_of_their_own():
+    q, k, v = array(2, 5, 8, 64), array(2, 7, 2, 64), array(2, 7, 2, 24)
+    problem = describe(q, k, v)
+    assert (problem.head_dim, problem.head_dim_v, problem.softmax_scale) == (64, 24, 0.125)
+    assert problem.cache == Cache("dense", 2, 7, 0, 0, 0, (896, 128, 64), (336, 48, 24))
+    assert (problem.q_strides, problem.o_strides) == ((2560, 512, 64), (960, 192, 24))
+    assert describe(q, k, v, out=array(2, 5, 8, 24)).o_strides == problem.o_strides
+    assert describe(q, k, array(2, 7, 2, 6)).out_alignment == 4
+    packed = describe(
+        q=array(9, 8, 64), k=array(9, 2, 64), v=array(9, 2, 24), cu_seqlens_q=ints(0, 9), cu_seqlens_k=ints(0, 9)
+    )
+    assert packed.o_strides == (0, 192, 24) and packed.cache.v_strides == (0, 48, 24)
+
+
+def test_appended_values_have_the_caches_head_dim():
+    found = describe_append(array(2, 16, 4, 64), array(2, 16, 4, 24), array(2, 3, 4, 64), array(2, 3, 4, 24))
+    assert (found.head_dim, found.head_dim_v) == (64, 24)
+    assert (found.k_strides, found.v_strides) == ((768, 256, 64), (288, 96, 24))
+    narrow = array(2, 16, 4, 64), array(2, 16, 4, 6), array(2, 3, 4, 64), array(2, 3, 4, 6)
+    assert describe_append(*(moved(found, pointer=found.pointer // 16 * 16) for found in narrow)).alignment == 4
 
 
 def test_a_combined_cache_needs_no_copy():
@@ -259,11 +282,21 @@ BAD = [
     (DENSE, {"q": array(2, 5, 8, 0)}, "q", "head_dim 0", "1 to 256"),
     (DENSE, {"q": array(2, 5, 8, 257)}, "q", "head_dim 257", "1 to 256"),
     (DENSE, {"k": array(2, 7, 4, 32)}, "k", "head_dim 32", "64"),
-    (DENSE, {"v": array(2, 7, 4, 128)}, "v", "head_dim 128", "64"),
+    (DENSE, {"v": array(2, 7, 4, 0)}, "v", "head_dim 0", "1 to 256"),
+    (PACKED, {"v": array(11, 4, 257)}, "v", "head_dim 257", "1 to 256"),
+    (PAGED, {"v": array(10, 16, 4, 257), "v_name": "v_cache"}, "v_cache", "head_dim 257", "1 to 256"),
+    (
+        DENSE,
+        {"v": array(2, 7, 4, 32), "out": array(2, 5, 8, 64)},
+        "out",
+        r"shape \(2, 5, 8, 64\)",
+        r"\(2, 5, 8, 32\), q's shape but for v's head_dim",
+    ),
     (PAGED, {"layout": "HND"}, "k", "16 heads where q has 8", "divides q's heads"),
     # shapes that must agree
     (DENSE, {"k": array(3, 7, 4, 64), "v": array(3, 7, 4, 64)}, "k", "batch 3", "q's batch 2"),
-    (DENSE, {"v": array(2, 6, 4, 64)}, "v", r"shape \(2, 6, 4, 64\)", r"k's shape \(2, 7, 4, 64\)"),
+    (DENSE, {"v": array(2, 6, 4, 64)}, "v", r"shape \(2, 6, 4, 64\)", r"k's shape \(2, 7, 4, 64\), but for head_dim"),
+    (PAGED, {"v": array(10, 4, 16, 32)}, "v", r"shape \(10, 4, 16, 32\)", r"k's shape \(10, 16, 4, 64\), but for"),
     # dtypes
     (DENSE, {"q": array(2, 5, 8, 64, dtype=np.float64)}, "q", "float64", "float16 or bfloat16 or float32", TypeError),
     (DENSE, {"q": array(2, 5, 8, 64, dtype=np.int32)}, "q", "int32", "float16 or", TypeError),
@@ -582,6 +615,7 @@ def test_a_dense_append():
         batch=2,
         num_kv_heads=4,
         head_dim=64,
+        head_dim_v=64,
         packed_new=False,
         total_new=6,
         seqlen_new=3,
@@ -642,7 +676,11 @@ BAD_APPENDS = [
     (NEW, {"v": array(2, 4, 4, 64)}, "v", r"shape \(2, 4, 4, 64\)", "k's shape"),
     (NEW, {"k_cache": array(2, 16, 4, 64, **FLOAT32)}, "k_cache", "float32", "float16", TypeError),
     (NEW, {"v_cache": moved(NEW["v_cache"], device=0)}, "v_cache", "on cuda:0", "device cpu"),
-    (NEW, {"k_cache": array(2, 16, 4, 32)}, "k_cache", "head_dim 32", "64"),
+    (NEW, {"k_cache": array(2, 16, 4, 32)}, "k_cache", "head_dim 32", "64, as in k"),
+    (NEW, {"v_cache": array(2, 16, 4, 32)}, "v_cache", "head_dim 32", "64, as in v"),
+    (NEW, {"v": array(2, 3, 4, 32)}, "v_cache", "head_dim 64", "32, as in v"),
+    (NEW, {"v": array(2, 3, 4, 257)}, "v", "head_dim 257", "1 to 256"),
+    (NEW, {"v_cache": array(2, 15, 4, 64)}, "v_cache", r"shape \(2, 15, 4, 64\)", "k_cache's shape .*, but for"),
     (NEW, {"k": array(2, 3, 2, 64), "v": array(2, 3, 2, 64)}, "k", "2 heads", "the cache's 4 heads"),
     (NEW, {"k": array(2, 3, 0, 64), "v": array(2, 3, 0, 64)}, "k", "no heads", "at least one head"),
     (NEW, {"k": array(2, 17, 4, 64), "v": array(2, 17, 4, 64)}, "k", "17 new rows", "at most the 16"),

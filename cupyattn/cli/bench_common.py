@@ -1,9 +1,8 @@
-"""What all kinds of `cupyattn bench` share: contenders, the timer, ratios, and the machine that it ran on.
+"""What all kinds of `cupyattn bench` share: contenders, ratios, and the machine that it ran on.
 
-Timing is that of Triton's do_bench: the L2 cache is flushed before each call, CUDA events stand around it, the median
-counts. The flush is a memset, whose last lines are still on their way to memory when the call begins; so it is for
-every contender. All contenders of a cell are timed one after the other, in several rounds, so that a change of clocks
-meets all of them alike. Absolute figures move from machine to machine; the ratios of one run are what to quote.
+Times are those of `cupyattn.timing`. All contenders of a cell are timed one after the other, in several rounds, so that
+a change of clocks meets all of them alike. Absolute figures move from machine to machine; the ratios of one run are
+what to quote.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from rich.table import Table
 
 from .device import device_label
 
-FLUSH_BYTES = 256 << 20  # several times any chip's L2
-WARMUP_MS, MEASURE_MS = 15.0, 60.0
 OURS = "cupyattn"
 TIMING = "CUDA events around each call, L2 flushed before it; median of a round, then of the rounds"
 
@@ -121,33 +118,6 @@ def first_line(error: Exception) -> str:
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
-
-
-class EventTimer:
-    """Median milliseconds of a call with a cold L2, by CUDA events on the current stream, as Triton's do_bench does."""
-
-    def __init__(self, cupy: ModuleType) -> None:
-        self.cuda = cupy.cuda
-        self.flush = cupy.cuda.alloc(FLUSH_BYTES)
-
-    def __call__(self, call: Call, warmup_ms: float = WARMUP_MS, measure_ms: float = MEASURE_MS) -> float:
-        """Call as often as fits into so many milliseconds, flushes counted in."""
-        call()
-        pairs = self._times(call, 5)
-        estimate = self.cuda.get_elapsed_time(pairs[0][0], pairs[-1][1]) / len(pairs)
-        self._times(call, max(1, int(warmup_ms / estimate)))
-        pairs = self._times(call, max(5, int(measure_ms / estimate)))
-        return statistics.median(self.cuda.get_elapsed_time(start, stop) for start, stop in pairs)
-
-    def _times(self, call: Call, count: int) -> list[tuple[Any, Any]]:
-        pairs = [(self.cuda.Event(), self.cuda.Event()) for _ in range(count)]
-        for start, stop in pairs:
-            self.flush.memset_async(0, FLUSH_BYTES)
-            start.record()
-            call()
-            stop.record()
-        pairs[-1][1].synchronize()
-        return pairs
 
 
 def host_time(cupy: ModuleType, call: Call, calls: int = 2000, batch: int = 100) -> dict[str, float]:

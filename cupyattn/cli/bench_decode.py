@@ -22,13 +22,11 @@ import numpy as np
 from rich.console import Console
 
 from ..attention import attention, attention_with_kvcache
+from ..timing import MEASURE_MS, WARMUP_MS, EventTimer
 from .bench_common import (
-    MEASURE_MS,
     OURS,
     TIMING,
-    WARMUP_MS,
     Call,
-    EventTimer,
     Report,
     Result,
     Results,

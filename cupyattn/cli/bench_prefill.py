@@ -29,13 +29,11 @@ from rich.console import Console
 
 from ..attention import attention, attention_varlen, attention_with_kvcache
 from ..plan import warmup_variants
+from ..timing import MEASURE_MS, WARMUP_MS, EventTimer
 from .bench_common import (
-    MEASURE_MS,
     OURS,
     TIMING,
-    WARMUP_MS,
     Call,
-    EventTimer,
     Report,
     Result,
     Results,

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .bench_common import Call, EventTimer
+from ..timing import EventTimer
+from .bench_common import Call
 
 VECTOR_BYTES = 16
 BLOCKS_PER_SM, THREADS, UNROLLS = (1, 2, 4, 8, 16), (256, 512, 1024), (1, 2, 4, 8)

@@ -87,14 +87,17 @@ KEPT_MAPS = 256  # of one prepared problem: arrays come back at addresses that t
 def _encode_map(problem: Problem, plan: Plan, role: str, pointer: int) -> bytes:
     """The tensor map of q, k, v or out at this address."""
     cache, group = problem.cache, plan.query_box[0]
+    columns = problem.head_dim if role in ("q", "k") else problem.head_dim_v
     if role in ("q", "out"):
         outer, row, head = problem.q_strides if role == "q" else problem.o_strides
         sequences, tokens = (1, problem.total_q) if problem.packed_q else (problem.batch, problem.seqlen_q)
-        shape = problem.head_dim, group, tokens, problem.num_heads // group, sequences
+        shape = columns, group, tokens, problem.num_heads // group, sequences
         strides, box = (head, row, group * head, outer), (*plan.query_box, 1, 1)
+    elif not plan.key_box:
+        return bytes(MAP_BYTES)  # keys are gathered without a map
     else:
         outer, row, head = cache.k_strides if role == "k" else cache.v_strides
-        shape = problem.head_dim, cache.block_size or cache.rows, problem.num_kv_heads, cache.entries
+        shape = columns, cache.block_size or cache.rows, problem.num_kv_heads, cache.entries
         strides, box = (row, head, outer), (plan.key_box, 1, 1)
     return encode(pointer, problem.dtype, shape, strides, box)
 
@@ -112,17 +115,17 @@ class PreparedSplits:
         self.plan = plan
         self.kernel = kernel
         self._device = device
-        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
         strides = contiguous_row_strides(shape, False)
         self._attend = _prepare_attention(replace(problem, o_strides=strides), plan, kernel, device)
-        form = problem.dtype, plan.kv_splits, problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        form = problem.dtype, plan.kv_splits, *shape
         self._merge = PreparedMerge(Merge(*form, strides, problem.o_strides, problem.out_alignment), device, True)
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
         problem, splits = self.problem, self.plan.kv_splits
         memory = workspace(self._device, stream, self.plan.workspace_bytes).pointer + COUNTER_BYTES
-        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim
+        shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
         lse_shape = problem.batch, problem.num_heads, problem.seqlen_q
         outs = [memory + 4 * i * math.prod(shape) for i in range(splits)]
         behind = memory + 4 * splits * math.prod(shape)

@@ -106,7 +106,7 @@ def _rotated(prepared: PreparedSteps) -> int:
 def _splits(prepared: PreparedSplits, operands: Operands, memory: Workspace) -> list[Launch]:
     problem, splits = prepared.problem, prepared.plan.kv_splits
     rows = problem.total_q * problem.num_heads
-    outs = [memory.pointer + COUNTER_BYTES + 4 * i * rows * problem.head_dim for i in range(splits + 1)]
+    outs = [memory.pointer + COUNTER_BYTES + 4 * i * rows * problem.head_dim_v for i in range(splits + 1)]
     behind = outs.pop()
     lses = [behind + 4 * i * rows for i in range(splits + 1)]
     spare = lses.pop()

@@ -4,17 +4,13 @@
 #include "common/types.cuh"
 
 // A ring of COUNT buffers has two barriers for each: `full`, which the loads complete, and `empty`, which the readers
-// do. Whoever walks the ring keeps its place here: the stage, and the parity of the round that the stage is in.
+// do. Whoever walks the ring keeps its place here, in one register: which buffer, and the parity of the round.
 template <int COUNT>
 struct Place {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == COUNT) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
+    int step = 0; // of two rounds
+    __device__ __forceinline__ int stage() const { return step >= COUNT ? step - COUNT : step; }
+    __device__ __forceinline__ u32 parity() const { return step >= COUNT; }
+    __device__ __forceinline__ void advance() { step = step == 2 * COUNT - 1 ? 0 : step + 1; }
 };
 
 constexpr u32 BARRIER_BYTES = 8;
@@ -33,6 +29,11 @@ __device__ __forceinline__ void arrive(u32 barrier) {
 // Arrives, and keeps the phase open until so many bytes have been copied.
 __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives when this thread's asynchronous copies have: each of its threads is one of the arrivals that are counted.
+__device__ __forceinline__ void arrive_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits until the phase of this parity is complete.

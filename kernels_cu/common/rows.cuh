@@ -1,7 +1,8 @@
 // Rows of a head in parts, one thread to a part, and the sequence that a row belongs to.
 //
-// Compile-time values: HEAD_DIM; VECTOR, a power of two, how many elements move at once: it divides every row's
-// address, HEAD_DIM, ROTARY_DIM / 2 and so what lies behind them; ROTARY and ROTARY_DIM as in common/rotary.cuh.
+// Compile-time values: HEAD_DIM; HEAD_DIM_V, of other rows that threads take along with these (HEAD_DIM unless given);
+// VECTOR, a power of two, how many elements move at once: it divides every row's address, HEAD_DIM, HEAD_DIM_V,
+// ROTARY_DIM / 2 and so what lies behind them; ROTARY and ROTARY_DIM as in common/rotary.cuh.
 //
 // A part is one piece of VECTOR elements. Where rows are rotated it is two, so that one thread holds both elements
 // of each of its VECTOR pairs: side by side, or ROTARY_DIM / 2 apart within the rotated half-and-half.
@@ -10,8 +11,12 @@
 #include "common/types.cuh"
 #include "common/rotary.cuh"
 
+#ifndef HEAD_DIM_V
+#define HEAD_DIM_V HEAD_DIM
+#endif
+
 constexpr int PIECES = ROTARY == ROTARY_NONE ? 1 : 2;
-constexpr int PARTS = ceil_div(HEAD_DIM, PIECES * VECTOR);
+constexpr int PARTS = ceil_div(HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V, PIECES * VECTOR);
 constexpr int ROTATED_PARTS = ROTARY_DIM / 2 / VECTOR;
 
 template <typename Type>
@@ -56,26 +61,27 @@ __device__ __forceinline__ int piece_start(int part, int piece) {
     return (part * PIECES + piece) * VECTOR;
 }
 
-// The last part may want its second piece.
-__device__ __forceinline__ bool piece_exists(int start) { return HEAD_DIM % (PIECES * VECTOR) == 0 || start < HEAD_DIM; }
+// The last part may want its second piece, and a row of fewer elements than another its last parts.
+template <int DIMS>
+__device__ __forceinline__ bool piece_exists(int start) { return DIMS == PARTS * PIECES * VECTOR || start < DIMS; }
 
-template <typename Type>
+template <int DIMS = HEAD_DIM, typename Type>
 __device__ __forceinline__ Part<Type> load_part(const Type* row, int part) {
     Part<Type> loaded = {};
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {
         const int start = piece_start(part, piece);
-        if (piece_exists(start)) load_piece(loaded.pieces[piece], row + start);
+        if (piece_exists<DIMS>(start)) load_piece(loaded.pieces[piece], row + start);
     }
     return loaded;
 }
 
-template <typename Type>
+template <int DIMS = HEAD_DIM, typename Type>
 __device__ __forceinline__ void store_part(Type* row, int part, const Part<Type>& stored) {
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {
         const int start = piece_start(part, piece);
-        if (piece_exists(start)) store_piece(row + start, stored.pieces[piece]);
+        if (piece_exists<DIMS>(start)) store_piece(row + start, stored.pieces[piece]);
     }
 }
 

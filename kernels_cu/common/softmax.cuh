@@ -25,7 +25,7 @@ __device__ __forceinline__ RowResult finish_row(const ForwardParams& p, int head
 #else
         const float shrink = exp2_approx(maximum - top);
         sum = sum * shrink + exp2_approx(sink - top);
-        result.scale = __fdividef(shrink, sum);
+        result.scale = shrink * __frcp_rn(sum);
         result.lse = (top + __log2f(sum)) * LN_2;
 #endif
     }

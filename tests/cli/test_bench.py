@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from cupyattn.cli import app, bench, bench_common, bench_decode, bench_prefill
-from cupyattn.cli.bench_common import OURS, EventTimer, Result
+from cupyattn.cli.bench_common import OURS, Result
 from cupyattn.cli.device import NO_GPU
 
 MODULES = {OURS: "cupyattn", "missing": "no_such_module_anywhere", "slow": "json"}
@@ -87,45 +86,6 @@ def test_attempt_takes_a_refusal_for_a_result():
     assert bench_common.attempt(refuse, float) == (None, Result(refused="RuntimeError: no such shape"))
     call, result = bench_common.attempt(lambda: lambda: 7, lambda out: out / 14)
     assert call() == 7 and result == Result(error=0.5)
-
-
-def test_the_timer_counts_flushes_into_its_time_but_not_into_the_figure():
-    class Clock:
-        """A device on which a flush takes 3 ms and a call 1 ms."""
-
-        now = 0.0
-        calls = 0
-
-        def alloc(self, size):
-            return self
-
-        def memset_async(self, value, size):
-            self.now += 3.0
-
-        def Event(self):
-            clock = self
-
-            class Event:
-                def record(self):
-                    self.at = clock.now
-
-                def synchronize(self):
-                    pass
-
-            return Event()
-
-        def get_elapsed_time(self, start, stop):
-            return stop.at - start.at
-
-    clock = Clock()
-
-    def call():
-        clock.now += 1.0
-        clock.calls += 1
-
-    timer = EventTimer(SimpleNamespace(cuda=clock))
-    assert timer(call, warmup_ms=40.0, measure_ms=80.0) == 1.0
-    assert 1 + 5 + 10 + 20 <= clock.calls <= 1 + 5 + 12 + 24  # the first of five flushes is before the first event
 
 
 @pytest.mark.gpu

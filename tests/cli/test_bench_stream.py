@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cupyattn.cli.bench_common import EventTimer
 from cupyattn.cli.bench_stream import FEW_BYTES, Grid, Stream, grids
+from cupyattn.timing import EventTimer
 
 SMS = 3
 
