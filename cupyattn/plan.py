@@ -105,7 +105,7 @@ class HopperTile:
         """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
         if self.consumers == 3:
             return 32, 160
-        return (72, 216) if gather else (56, 224) if paged else (40, 232)
+        return (72, 216) if gather else (64, 224) if paged else (40, 232)
 
     def out_blocks(self, head_dim_v: int) -> int:
         """The output's columns in shared memory in blocks, of which those of a row are a multiple."""

@@ -65,13 +65,14 @@ constexpr u32 V_BYTES = V_BLOCKS * KEY_BLOCK_BYTES;
 constexpr int BOXES = TILE_N / BOX_ROWS;
 constexpr float RESCALE_BITS = 8.0f;
 
-// Whether a warpgroup that sees no more than half of a tile's keys leaves the others out.
-constexpr bool HALVES = MASK && TILE_N % 32 == 0;
+// Whether a warpgroup that sees no more than half of a tile's keys leaves the others out. Shaping takes much code already.
+constexpr bool HALVES = MASK && !SOFTCAP && !ALIBI && TILE_N % 32 == 0;
 
 constexpr int WORKS = QUERY_STAGES + 4; // the next, those that Q is there for, one that Q has left, and two whose rows leave
 
-// Whether scores, two tiles' weights and the output fit the registers together, with what else a thread needs.
-constexpr bool GUESSES = TILE_N + OUT_DIM / 2 + 30 <= CONSUMER_REGISTERS;
+// Whether scores, two tiles' weights and the output fit the registers together, with what else a thread needs, which is
+// more where scores are shaped.
+constexpr bool GUESSES = !SOFTCAP && !ALIBI && TILE_N + OUT_DIM / 2 + 30 <= CONSUMER_REGISTERS;
 
 static_assert(V_BLOCKS % OUT_BLOCKS == 0, "the columns leave in equal parts");
 static_assert(ROWS <= PRODUCT_ROWS && ROWS % GROUP == 0 && ROWS * CONSUMERS == TILE_M, "whole groups of heads in a product");

@@ -538,7 +538,7 @@ def host_times(cupy: ModuleType) -> dict[str, dict[str, float]]:
 
 
 def compile_times(cupy: ModuleType) -> dict[str, Any]:
-    """What a first session waits for: NVRTC's seconds for each usual variant; milliseconds from disk to a kernel."""
+    """What a first prefill waits for: NVRTC's seconds for each usual variant; milliseconds from disk to a kernel."""
     from ..jit import arch_of, module
     from ..jit.compile import compile_cubin
 
@@ -546,6 +546,8 @@ def compile_times(cupy: ModuleType) -> dict[str, Any]:
     arch = arch_of(device)
     cold, warm = {}, {}
     for name, defines in warmup_variants(arch, (64, 128, 256), ("bfloat16",)):
+        if not name.startswith("forward"):
+            continue
         label = f"{name} {' '.join(f'{key}={value}' for key, value in defines)}"
         cold[label] = compile_cubin(name, defines, arch).seconds
         module.load_again(name, defines, arch, name, device)  # what the disk cache lacks is compiled here
