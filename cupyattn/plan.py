@@ -238,12 +238,11 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
-# Blocks of forward_sm90 take tiles as they come: under a mask a section has so many for each, if its keys fit L2. On an
-# H200, 512 causal: 64 pairs have 1.04 times the speed of 32 with 128 dimensions, and 1.06 with 64; with 256, where the
-# keys of 132 pairs are 69 MB, those have 0.87.
-HOPPER_SECTION_TILES = 3
+# Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together; of whole sequences, whose heads lie side by
+# side in memory. On an H200, with 128 dimensions and 16 heads, 64 pairs have 1.04 times the speed of 32 at 512 and of 49
+# at 1k; with 256 dimensions at 512, where the keys of 132 pairs are 69 MB, those have 0.87 of the speed of 32.
+HOPPER_SECTION = (8, 64)  # at least, at most
 HOPPER_SECTION_BYTES = 32 << 20
-HOPPER_SECTION = 4  # pairs at least
 FULL_SECTION = 1
 # Blocks that share the keys of a tile, where tiles leave half of the multiprocessors idle: as many as run at once, two
 # to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
@@ -330,7 +329,7 @@ def plan(
         if pairs_per_section is None:
             pairs_per_section = CAUSAL_SECTION if masked else FULL_SECTION
             if masked and name == "forward_sm90":
-                pairs_per_section = _hopper_section(problem, device, tiles_per_sequence, heads)
+                pairs_per_section = _hopper_section(problem, heads)
         pairs_per_section = max(1, min(pairs, pairs_per_section))
         grid = tiles_per_sequence * pairs
         most = (1 if name == "forward_sm90" else SPLIT_BLOCKS) * device.multiprocessors // max(grid, 1)
@@ -377,11 +376,12 @@ def plan(
     )
 
 
-def _hopper_section(problem: Problem, device: Device, tiles_per_sequence: int, heads: int) -> int:
+def _hopper_section(problem: Problem, heads: int) -> int:
     """(sequence, head) pairs whose tiles the blocks of forward_sm90 take together under a mask."""
     pair_bytes = 2 * problem.cache.rows * (problem.head_dim + problem.head_dim_v) * problem.num_kv_heads // heads
-    enough = HOPPER_SECTION_TILES * device.multiprocessors // max(tiles_per_sequence, 1)
-    return max(HOPPER_SECTION, min(enough, HOPPER_SECTION_BYTES // max(pair_bytes, 1)))
+    least, most = HOPPER_SECTION
+    pairs = max(least, min(most, HOPPER_SECTION_BYTES // max(pair_bytes, 1)))
+    return pairs // heads * heads if pairs > heads else pairs
 
 
 def _leaves_idle(blocks: int, device: Device) -> bool:

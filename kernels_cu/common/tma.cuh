@@ -17,31 +17,24 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+// What L2 is to keep: keys and values are read again by other blocks, queries and results are not. As CUTLASS has them.
+#define EVICT_FIRST 0x12F0000000000000ull
+#define EVICT_LAST 0x14F0000000000000ull
 
 // A box of rows of keys or values: (column, row, head, entry), innermost first.
 __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barrier, int column, int row, int head, int entry) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(entry) : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(entry), "l"(EVICT_LAST) : "memory");
 }
 
 // A box of query rows: (column, head of the group, token, kv head, sequence).
 __device__ __forceinline__ void load_query_box(u32 to, const TensorMap& map, u32 barrier, int column, int token, int head, int sequence) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
-                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
-}
-// The same boxes into L2 alone.
-__device__ __forceinline__ void prefetch_box(const TensorMap& map, int column, int row, int head, int entry) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(column), "r"(row), "r"(head), "r"(entry) : "memory");
-}
-__device__ __forceinline__ void prefetch_query_box(const TensorMap& map, int column, int token, int head, int sequence) {
-    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;"
+                 ::"r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence), "l"(EVICT_FIRST) : "memory");
 }
 __device__ __forceinline__ void store_query_box(const TensorMap& map, u32 from, int column, int token, int head, int sequence) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
-                 ::"l"(&map), "r"(from), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence) : "memory");
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;"
+                 ::"l"(&map), "r"(from), "r"(column), "r"(0), "r"(token), "r"(head), "r"(sequence), "l"(EVICT_FIRST) : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
