@@ -7,7 +7,7 @@ chip that is not present. The measurements that justify a choice stand beside it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from .problem import Append, Cache, Problem, Rotary, refuse
@@ -259,6 +259,7 @@ MAX_ACCUMULATORS = 192
 MAX_ACCUMULATORS_SM100 = 160
 MAX_ACCUMULATORS_SHAPED = 160
 MAX_KEYS_SHAPED = 64
+HOPPER_KEYS_SHAPED = 96
 
 
 def plan(
@@ -294,6 +295,8 @@ def plan(
             tile = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)[masked]
             if problem.cache.kind == "paged" and tile.consumers == 3:
                 tile = HOPPER_PAGED_TILE
+            if problem.softcap or problem.alibi:
+                tile = replace(tile, keys=min(tile.keys, HOPPER_KEYS_SHAPED))
         group = _packed_group(problem, tile.rows, typical_rows)
         group = group if group <= PRODUCT_ROWS else 1
         reasons = [

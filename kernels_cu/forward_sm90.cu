@@ -28,8 +28,9 @@
 //
 // Static shared memory: the barriers and what is known of the present tile and the next (Work).
 //
-// Compile-time values: DTYPE HEAD_DIM HEAD_DIM_V TILE_M TILE_N CONSUMERS STAGES QUERY_STAGES OUT_BLOCKS GROUP PACKED_Q CACHE_KIND BLOCK_SIZE GATHER BOX_ROWS
-// MASK LEFT SOFTCAP ALIBI SCALE_FIRST RAGGED_KEYS KV_SPLITS PRODUCER_REGISTERS CONSUMER_REGISTERS LOAD_BYTES.
+// Compile-time values: DTYPE HEAD_DIM HEAD_DIM_V TILE_M TILE_N CONSUMERS STAGES QUERY_STAGES OUT_BLOCKS GROUP PACKED_Q
+// CACHE_KIND BLOCK_SIZE GATHER BOX_ROWS MASK LEFT SOFTCAP ALIBI SCALE_FIRST RAGGED_KEYS KV_SPLITS PRODUCER_REGISTERS
+// CONSUMER_REGISTERS LOAD_BYTES.
 
 #include "common/types.cuh"
 #include "common/params.cuh"
@@ -108,7 +109,7 @@ struct Outgoing {
 };
 
 struct Barriers {
-    u64 q_full[QUERY_STAGES], q_empty[QUERY_STAGES];
+    u64 q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS]; // a warpgroup's rows come as it is done with others
     u64 k_full[STAGES], k_empty[STAGES];
     u64 v_full[STAGES], v_empty[STAGES];
 };
@@ -160,14 +161,13 @@ __device__ __forceinline__ int first_token(const Tile& tile, int warpgroup) {
     return (PACKED_Q ? tile.q_begin : 0) + (tile.first_row + warpgroup * ROWS) / GROUP;
 }
 
-__device__ __forceinline__ void load_queries(const TensorMaps& maps, const Tile& tile, u32 shared, u32 barrier) {
+// The rows of one warpgroup.
+__device__ __forceinline__ void load_queries(const TensorMaps& maps, const Tile& tile, int warpgroup, u32 shared, u32 barrier) {
     constexpr u32 BOX_BYTES = ROWS * BLOCK_ROW_BYTES;
-    arrive_expecting(barrier, CONSUMERS * D_BLOCKS * BOX_BYTES);
-    for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup)
-        for (int block = 0; block < D_BLOCKS; ++block) {
-            const u32 to = shared + warpgroup * Q_BYTES + block * Q_BLOCK_BYTES;
-            load_query_box(to, maps.q, barrier, block * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
-        }
+    arrive_expecting(barrier, D_BLOCKS * BOX_BYTES);
+    for (int block = 0; block < D_BLOCKS; ++block) {
+        load_query_box(shared + block * Q_BLOCK_BYTES, maps.q, barrier, block * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
+    }
 }
 
 // One tile of keys or of values. A block id outside the cache marks the work as bad, and its keys are zero.
@@ -232,6 +232,17 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
     const u32 v_full = shared_address(barriers.v_full), v_empty = shared_address(barriers.v_empty);
     Place<QUERY_STAGES> q_place;
     Place<STAGES> k_place, v_place;
+    const auto load_query_tile = [&](int slot, bool any) {
+        for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+            const int place = q_place.stage() * CONSUMERS + warpgroup;
+            const u32 full = q_full + place * BARRIER_BYTES;
+            wait_barrier(q_empty + place * BARRIER_BYTES, q_place.parity() ^ 1);
+            if (lane != 0) continue;
+            if (any) load_queries(maps, works[slot].tile, warpgroup, shared.q + place * Q_BYTES, full);
+            else arrive(full);
+        }
+        q_place.advance();
+    };
     const auto load_key_tile = [&](int slot, int n) {
         wait_barrier(k_empty + k_place.stage() * BARRIER_BYTES, k_place.parity() ^ 1);
         const u32 to = shared.k + k_place.stage() * K_BYTES, full = k_full + k_place.stage() * BARRIER_BYTES;
@@ -260,13 +271,7 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         const bool any = works[slot].tile.sequence >= 0;
         u32 index = 0;
         if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
-        wait_barrier(q_empty + q_place.stage() * BARRIER_BYTES, q_place.parity() ^ 1);
-        if (lane == 0) {
-            const u32 full = q_full + q_place.stage() * BARRIER_BYTES;
-            if (any) load_queries(maps, works[slot].tile, shared.q + q_place.stage() * CONSUMERS * Q_BYTES, full);
-            else arrive(full);
-        }
-        q_place.advance();
+        load_query_tile(slot, any);
         const int begin = works[slot].tiles.begin;
         int n = works[slot].tiles.end - 1;
         const bool keys = any && n >= begin;
@@ -335,14 +340,12 @@ struct State {
     Statistics rows;
 };
 
-// The tile row of row h for this lane; -1 for one that stands for none.
-__device__ __forceinline__ int lane_row(int warpgroup, int h) {
-    const int row = threadIdx.x % WARPGROUP / WARP_SIZE * 16 + h * 8 + threadIdx.x % WARP_SIZE / 4;
-    return warpgroup * ROWS + row;
+// This lane's row h of its warpgroup's product, whether that is in use, and the row of the tile that it is then.
+__device__ __forceinline__ int product_row(int h) {
+    return static_cast<int>(threadIdx.x) % WARPGROUP / WARP_SIZE * 16 + h * 8 + static_cast<int>(threadIdx.x) % WARP_SIZE / 4;
 }
-__device__ __forceinline__ bool in_use(int h) {
-    return ROWS == PRODUCT_ROWS || threadIdx.x % WARPGROUP / WARP_SIZE * 16 + h * 8 + static_cast<int>(threadIdx.x) % WARP_SIZE / 4 < ROWS;
-}
+__device__ __forceinline__ bool in_use(int h) { return ROWS == PRODUCT_ROWS || product_row(h) < ROWS; }
+__device__ __forceinline__ int lane_row(int warpgroup, int h) { return warpgroup * ROWS + product_row(h); }
 
 // scores = Q K^T for the first KEYS of the tile, two of which a thread holds for each row.
 template <int COUNT, int KEYS = 2 * COUNT>
@@ -579,7 +582,6 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& 
 __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& shared, Barriers& barriers, Outgoing& outgoing, const Work (&works)[WORKS]) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     const bool speaks = threadIdx.x % WARP_SIZE == 0; // for its warp
-    const u32 q_full = shared_address(barriers.q_full), q_empty = shared_address(barriers.q_empty);
     const u32 k_full = shared_address(barriers.k_full), k_empty = shared_address(barriers.k_empty);
     const u32 v_full = shared_address(barriers.v_full), v_empty = shared_address(barriers.v_empty);
     const float unit = score_unit(p);
@@ -587,7 +589,8 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     Place<STAGES> k_place, v_place;
     if (warpgroup == CONSUMERS - 1) pass_turn(warpgroup); // to the first
 
-    const auto queries = [&] { return shared.q + (q_place.stage() * CONSUMERS + warpgroup) * Q_BYTES; };
+    const auto query_place = [&] { return q_place.stage() * CONSUMERS + warpgroup; };
+    const auto queries = [&] { return shared.q + query_place() * Q_BYTES; };
     const auto keys = [&] { return shared.k + k_place.stage() * K_BYTES; };
     const auto values = [&] { return shared.v + v_place.stage() * V_BYTES; };
     const auto wait_keys = [&] {
@@ -599,7 +602,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         if (GATHER) fence_async_proxy();
     };
     const auto release_queries = [&] {
-        if (speaks) arrive(q_empty + q_place.stage() * BARRIER_BYTES);
+        if (speaks) arrive(shared_address(barriers.q_empty) + query_place() * BARRIER_BYTES);
         q_place.advance();
     };
     const auto release_keys = [&] {
@@ -708,7 +711,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     };
 
     for (int slot = 0;; slot = slot == WORKS - 1 ? 0 : slot + 1) {
-        wait_barrier(q_full + q_place.stage() * BARRIER_BYTES, q_place.parity());
+        wait_barrier(shared_address(barriers.q_full) + query_place() * BARRIER_BYTES, q_place.parity());
         const Work& next = works[slot];
         const bool more = next.tile.sequence >= 0;
         const int begin = next.tiles.begin, end = next.tiles.end;
@@ -792,9 +795,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
     const Shared shared(round_up(shared_address(shared_memory), SWIZZLE_BYTES));
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < QUERY_STAGES; ++stage) {
-            init_barrier(shared_address(barriers.q_full + stage), 1);
-            init_barrier(shared_address(barriers.q_empty + stage), CONSUMERS * WARPGROUP_WARPS);
+        for (int place = 0; place < QUERY_STAGES * CONSUMERS; ++place) {
+            init_barrier(shared_address(barriers.q_full[0] + place), 1);
+            init_barrier(shared_address(barriers.q_empty[0] + place), WARPGROUP_WARPS);
         }
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(shared_address(barriers.k_full + stage), GATHER ? WARP_SIZE : 1);
