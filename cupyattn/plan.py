@@ -105,7 +105,7 @@ class HopperTile:
         """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
         if self.consumers == 3:
             return 32, 160
-        return (72, 216) if gather else (64, 224) if paged else (40, 232)
+        return (88, 208) if gather else (72, 216) if paged else (40, 232)
 
     def out_blocks(self, head_dim_v: int) -> int:
         """The output's columns in shared memory in blocks, of which those of a row are a multiple."""
@@ -211,9 +211,10 @@ HOPPER_TILES = (
     (256, HopperTile(2, 64, 2, 1, 128), HopperTile(2, 64, 2, 1, 128)),
 )
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
+COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
 DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared memory
-COUNTER_BYTES = 4 << 10  # at the start of decode's workspace: a counter for each share and block of a cluster
+COUNTER_BYTES = 4 << 10  # at the start of a workspace: one for each share and block of a cluster in decode
 # The longest step of a decoder, drafts of speculative decoding included.
 MOST_DECODE_QUERIES = 16
 # (stages, blocks of a multiprocessor, warps) in order of preference: the first that fits. The figures here are of an
@@ -238,15 +239,16 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
-# Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together; of whole sequences, whose heads lie side by
-# side in memory. On an H200, with 128 dimensions and 16 heads, 64 pairs have 1.04 times the speed of 32 at 512 and of 49
-# at 1k; with 256 dimensions at 512, where the keys of 132 pairs are 69 MB, those have 0.87 of the speed of 32.
+# Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together; of whole sequences, whose heads lie side
+# by side in memory. On an H200, with 128 dimensions and 16 heads, 64 pairs have 1.04 times the speed of 32 at 512 and
+# of 49 at 1k; with 256 dimensions at 512, where the keys of 132 pairs are 69 MB, those have 0.87 of the speed of 32.
 HOPPER_SECTION = (8, 64)  # at least, at most
 HOPPER_SECTION_BYTES = 32 << 20
 FULL_SECTION = 1
 # Blocks that share the keys of a tile, where tiles leave half of the multiprocessors idle: as many as run at once, two
-# to a multiprocessor, and none with fewer keys than pay for the merge (a launch, and float32 rows written and read). On
-# an H200, 128 queries of 32/8 heads: 1.5 times the speed over 2k keys in 4 parts, 1.9 times over 4k, 3.2 over 64k in 8.
+# to a multiprocessor (one of forward_sm90), and none with fewer keys than pay for the merge (a launch, and float32 rows
+# written and read). On an H200, 128 queries of 32/8 heads by forward_sm80: 1.5 times the speed over 2k keys in 4 parts,
+# 1.9 times over 4k, 3.2 over 64k in 8.
 SPLIT_BLOCKS = 2
 SPLIT_KEYS = 512
 # Query rows of a kv head from which a shared prefix is the forward kernel's: of 2k tokens it has 0.94 of decode's speed
@@ -393,7 +395,7 @@ def _leaves_idle(blocks: int, device: Device) -> bool:
 
 
 def _most_splits(problem: Problem) -> int:
-    """How many blocks may share the keys of a tile in forward_sm80: 1 where a result cannot be put together from parts.
+    """How many blocks of a forward kernel may share the keys of a tile: 1 where parts cannot be put together.
 
     A sink must be counted once, and rows packed by cu_seqlens are as many as fill the chip.
     """
@@ -742,6 +744,19 @@ def plan_merge(merge: Merge, states: int, from_float32: bool, to_float32: bool) 
     )
     rows = merge.batch * merge.seqlen * merge.num_heads
     return defines, _ceil_div(rows * parts, PART_THREADS), PART_THREADS
+
+
+def plan_copy(tokens: int, layers: int, heads: int, head_bytes: int) -> tuple[Defines, int, int, tuple[int, int], int]:
+    """Compile-time values, bytes of a word, tokens of a thread block, grid and threads of one copy of rows."""
+    word = math.gcd(head_bytes, 16)
+    chunk = max(COPY_WORDS * word // (heads * head_bytes), 1)
+    defines = (("WORD_BYTES", word), ("THREADS", PART_THREADS))
+    return defines, word, chunk, (_ceil_div(tokens, chunk), layers), PART_THREADS
+
+
+def plan_write(entries: int) -> tuple[Defines, int, int]:
+    """Compile-time values, grid and threads of writing single entries of an array."""
+    return (("THREADS", PART_THREADS),), _ceil_div(entries, PART_THREADS), PART_THREADS
 
 
 def _parts(head_dim: int, aligned: int, rotary: Rotary | None = None, head_dim_v: int = 0) -> tuple[int, int]:

@@ -69,11 +69,11 @@ constexpr float RESCALE_BITS = 8.0f;
 // Whether a warpgroup that sees no more than half of a tile's keys leaves the others out. Shaping takes much code already.
 constexpr bool HALVES = MASK && !SOFTCAP && !ALIBI && TILE_N % 32 == 0;
 
-constexpr int WORKS = QUERY_STAGES + 4; // the next, those that Q is there for, one that Q has left, and two whose rows leave
+constexpr int WORKS = QUERY_STAGES + 3; // the next, those that Q is there for, one that Q has left, and one whose rows leave
 
 // Whether scores, two tiles' weights and the output fit the registers together, with what else a thread needs, which is
 // more where scores are shaped.
-constexpr bool GUESSES = !SOFTCAP && !ALIBI && TILE_N + OUT_DIM / 2 + 30 <= CONSUMER_REGISTERS;
+constexpr bool GUESSES = !SOFTCAP && !ALIBI && TILE_N + OUT_DIM / 2 + 24 <= CONSUMER_REGISTERS;
 
 static_assert(V_BLOCKS % OUT_BLOCKS == 0, "the columns leave in equal parts");
 static_assert(ROWS <= PRODUCT_ROWS && ROWS % GROUP == 0 && ROWS * CONSUMERS == TILE_M, "whole groups of heads in a product");
@@ -103,9 +103,10 @@ struct Shared {
         : q(base), k(base + QUERY_STAGES * CONSUMERS * Q_BYTES), v(k + STAGES * K_BYTES), out(v + STAGES * V_BYTES) {}
 };
 
-// Whose rows a warpgroup has left for the warp that stores them: the slot of their work, -1 if no more will come.
+// Whose rows a warpgroup has left for the warp that stores them: sequence -1 if no more will come. A copy, because work
+// gives way to other work before it has stored them.
 struct Outgoing {
-    int slot[CONSUMERS];
+    Tile tile[CONSUMERS];
 };
 
 struct Barriers {
@@ -159,6 +160,15 @@ __device__ __forceinline__ Work find_work(const ForwardParams& p, u32 index) {
 // The first token of a warpgroup's rows, along the axis of q and out that holds all of them.
 __device__ __forceinline__ int first_token(const Tile& tile, int warpgroup) {
     return (PACKED_Q ? tile.q_begin : 0) + (tile.first_row + warpgroup * ROWS) / GROUP;
+}
+
+// Rows of a product that no box fills take part in what a warp decides together: they are zero, not what was there before.
+__device__ __forceinline__ void clear_unused_rows(u32 q) {
+    for (int block = 0; block < QUERY_STAGES * CONSUMERS * D_BLOCKS; ++block)
+        for (u32 byte = ROWS * BLOCK_ROW_BYTES + threadIdx.x * 16; byte < Q_BLOCK_BYTES; byte += THREADS * 16) {
+            store_shared(q + block * Q_BLOCK_BYTES + byte, make_uint4(0, 0, 0, 0));
+        }
+    fence_async_proxy();
 }
 
 // The rows of one warpgroup.
@@ -305,14 +315,13 @@ __device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Ti
 }
 
 // What the warp does that stores the rows of one warpgroup.
-__device__ __forceinline__ void store(const ForwardParams& p, const TensorMaps& maps, int warpgroup, u32 shared, const Outgoing& outgoing, const Work (&works)[WORKS]) {
+__device__ __forceinline__ void store(const ForwardParams& p, const TensorMaps& maps, int warpgroup, u32 shared, const Outgoing& outgoing) {
     const bool first_lane = threadIdx.x % WARP_SIZE == 0;
     signal_out_free(warpgroup);
     for (int first_block = 0;; first_block = first_block + OUT_BLOCKS == V_BLOCKS ? 0 : first_block + OUT_BLOCKS) {
         wait_out_full(warpgroup);
-        const int slot = outgoing.slot[warpgroup];
-        if (slot < 0) return;
-        const Tile& tile = works[slot].tile;
+        const Tile tile = outgoing.tile[warpgroup];
+        if (tile.sequence < 0) return;
         if (PACKED_Q && tile.first_row + (warpgroup + 1) * ROWS > tile.seqlen_q * GROUP) {
             store_some_rows(p, tile, warpgroup, first_block, shared);
         } else if (first_lane) {
@@ -409,10 +418,10 @@ __device__ __forceinline__ float row_sum(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// Turns scores into weights and counts them. Where that raises the running maximum, `correction` is what the output
-// must be multiplied by, and the result is true.
+// Turns scores into weights and counts them. Where some exceeds the running maximum by more than 2^room, that is raised:
+// `correction` is what the output must be multiplied by, and the result is true.
 template <int COUNT>
-__device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)[COUNT], float unit, float (&correction)[2]) {
+__device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)[COUNT], float unit, float room, float (&correction)[2]) {
     float raised[2];
     bool rescale = false;
 #pragma unroll
@@ -421,7 +430,7 @@ __device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)
 #pragma unroll
         for (int i = 2 * h; i < COUNT; i += 4) best = fmaxf(best, fmaxf(scores[i], scores[i + 1]));
         raised[h] = fmaxf(rows.maximum[h], row_maximum(best));
-        rescale |= (raised[h] - rows.maximum[h]) * unit > RESCALE_BITS;
+        rescale |= (raised[h] - rows.maximum[h]) * unit > room;
     }
     rescale = __any_sync(~0u, rescale);
     if (rescale) {
@@ -540,13 +549,13 @@ __device__ __forceinline__ void leave_in_shared(const State& state, const float 
         }
 }
 
-// Hands the rows to the warp that stores them, some blocks of columns at a time; `slot` says whose they are.
-__device__ __forceinline__ void hand_over(const State& state, const float (&scale)[2], int slot, int warpgroup, u32 shared, Outgoing& outgoing) {
+// Hands the rows to the warp that stores them, some blocks of columns at a time.
+__device__ __forceinline__ void hand_over(const State& state, const float (&scale)[2], const Tile& tile, int warpgroup, u32 shared, Outgoing& outgoing) {
 #pragma unroll
     for (int first_block = 0; first_block < V_BLOCKS; first_block += OUT_BLOCKS) {
         wait_out_free(warpgroup);
         leave_in_shared(state, scale, first_block, shared);
-        if (threadIdx.x % WARPGROUP == 0) outgoing.slot[warpgroup] = slot;
+        if (threadIdx.x % WARPGROUP == 0) outgoing.tile[warpgroup] = tile;
         fence_async_proxy();
         signal_out_full(warpgroup);
     }
@@ -562,7 +571,7 @@ __device__ __forceinline__ void store_split_row(const State& state, int h, float
 }
 
 // Divides by the sums, writes lse, and sends the rows on their way.
-__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& work, int slot, const State& state, float unit, int warpgroup, u32 shared, Outgoing& outgoing) {
+__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& work, const State& state, float unit, int warpgroup, u32 shared, Outgoing& outgoing) {
     Tile tile = work.tile;
     if (KV_SPLITS) tile.sequence += work.split * p.batch; // where this part of the keys leaves its result
     float scale[2];
@@ -575,7 +584,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& 
         if (p.lse != nullptr && exists && threadIdx.x % 4 == 0) p.lse[lse_offset(p, tile, at)] = result.lse;
         if (KV_SPLITS && exists) store_split_row(state, h, result.scale, reinterpret_cast<float*>(p.out) + query_offset(p.o_strides, tile, at));
     }
-    if constexpr (!KV_SPLITS) hand_over(state, scale, slot, warpgroup, shared, outgoing);
+    if constexpr (!KV_SPLITS) hand_over(state, scale, tile, warpgroup, shared, outgoing);
 }
 
 // What a computing warpgroup does.
@@ -622,7 +631,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     constexpr int HALF = HALVES ? TILE_N / 2 : TILE_N;
     int place = 0; // of its work
 
-    const auto finish = [&] { finish_rows(p, works[place], place, state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES, outgoing); };
+    const auto finish = [&] { finish_rows(p, works[place], state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES, outgoing); };
 
     // The first `count` keys of tile n, a query tile's first.
     const auto start = [&](const Work& next, int n, auto count) {
@@ -636,7 +645,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         release_keys();
         if (n == next.tiles.begin) release_queries();
         shape_scores<true>(p, next, warpgroup, n, scores);
-        online_softmax(state.rows, scores, unit, correction);
+        online_softmax(state.rows, scores, unit, RESCALE_BITS, correction);
         pack_weights(state.weights, scores);
     };
 
@@ -656,7 +665,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         release_keys();
         if (n == next.tiles.begin) release_queries();
         shape_scores<true>(p, next, warpgroup, n, scores);
-        online_softmax(rows, scores, unit, correction);
+        online_softmax(rows, scores, unit, RESCALE_BITS, correction);
         wait_behind(scores, p);
         pin(state.out);
         pin(state.weights);
@@ -689,7 +698,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
             u32 weights[TILE_N / 4];
             bool rescale = false;
             if (!guess_softmax(state.rows, scores, unit, weights)) {
-                rescale = online_softmax(state.rows, scores, unit, correction);
+                rescale = online_softmax(state.rows, scores, unit, 0.0f, correction); // or the next guess would fail too
                 pack_weights(weights, scores);
             }
             wait_behind(weights, p);
@@ -700,7 +709,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
 #pragma unroll
             for (int i = 0; i < TILE_N / 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(state.weights[i]) : "r"(weights[i]));
         } else {
-            const bool rescale = online_softmax(state.rows, scores, unit, correction);
+            const bool rescale = online_softmax(state.rows, scores, unit, RESCALE_BITS, correction);
             wait_behind(scores, p);
             pin(state.out);
             if (rescale) rescale_out(state, correction);
@@ -782,7 +791,7 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     }
     if constexpr (!KV_SPLITS) {
         wait_out_free(warpgroup);
-        if (threadIdx.x % WARPGROUP == 0) outgoing.slot[warpgroup] = -1;
+        if (threadIdx.x % WARPGROUP == 0) outgoing.tile[warpgroup].sequence = -1;
         signal_out_full(warpgroup);
     }
 }
@@ -807,6 +816,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
         }
         publish_barriers();
     }
+    if constexpr (ROWS < PRODUCT_ROWS) clear_unused_rows(shared.q);
     __syncthreads();
     if (warpgroup == SERVANTS) {
         shrink_registers<PRODUCER_REGISTERS>();
@@ -816,7 +826,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
             // The last block to get here leaves the counters as it found them.
             if (threadIdx.x % WARP_SIZE == 0 && atomicInc(maps.counters + 1, gridDim.x - 1) == gridDim.x - 1) maps.counters[0] = 0;
         } else if (warp <= CONSUMERS && !KV_SPLITS) {
-            store(p, maps, warp - 1, shared.out + (warp - 1) * OUT_BYTES, outgoing, works);
+            store(p, maps, warp - 1, shared.out + (warp - 1) * OUT_BYTES, outgoing);
         }
     } else {
         grow_registers<CONSUMER_REGISTERS>();

@@ -98,3 +98,27 @@ def test_a_hundred_repeats_are_identical(backend, rng, kind):
     first = [backend.get(array).tobytes() for array in call()]
     for _ in range(99):
         assert [backend.get(array).tobytes() for array in call()] == first
+
+
+def test_what_others_leave_in_shared_memory_changes_no_bit(backend, rng):
+    """Groups of 3 heads leave a row of each product unused, which still takes part in what a warp decides together."""
+    q, k, v = (normal(rng, (8, n, heads, 128), "bfloat16") for n, heads in ((20, 24), (700, 8), (700, 8)))
+    call = _call(backend, "attention", q, k, v, causal=True)
+    first = [backend.get(array).tobytes() for array in call()]
+    for number in (np.nan, np.inf, 1e4):
+        filled = [np.full((8, 700, 16, 128), number, q.dtype) for _ in range(3)]
+        _call(backend, "attention", *filled)()
+        assert [backend.get(array).tobytes() for array in call()] == first
+
+
+def test_broadcast_queries(backend, rng):
+    """One set of queries for all sequences and all heads, without a copy."""
+    q = normal(rng, (1, 300, 1, 64), "float16")
+    k, v = normal(rng, (2, 3, 300, 4, 64), "float16")
+    backend.agrees("attention", backend.place(q, lambda x: _broadcast(x, (3, 300, 4, 64))), k, v, causal=True)
+
+
+def _broadcast(array, shape):
+    strides = [0 if size == 1 else step for size, step in zip(array.shape, array.strides, strict=True)]
+    tricks = __import__(type(array).__module__.partition(".")[0]).lib.stride_tricks
+    return tricks.as_strided(array, shape, strides)

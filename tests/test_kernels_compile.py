@@ -189,7 +189,10 @@ HOPPER_FORMS = {
     "odd group": {"kind": "paged", "num_heads": 24, "window": (100, 10), **FEW, **BIAS},
     "split": {"kind": "paged", "num_heads": 8, **FEW, "num_splits": 4},
     "split, shaped": {"num_heads": 56, "dtype": "bfloat16", **FEW, "num_splits": 4, **BIAS},
+    "paged": {"kind": "paged", "window": FULL},
+    "paged, negative scale": {"kind": "paged", "window": FULL, "softmax_scale": -0.125, "dtype": "bfloat16"},
     "gathered": {"kind": "paged", "block_size": 1},
+    "gathered, softcap": {"kind": "paged", "block_size": 1, "softcap": 30.0},
     "gathered, left": {"kind": "paged", "block_size": 3, "window": (100, 10), "dtype": "bfloat16"},
     "gathered, shifted": {"kind": "paged", "leftpad": True, "sinks": True},
 }
@@ -212,6 +215,7 @@ HOPPER_CASES = [(128, form) for form in HOPPER_FORMS]
 HOPPER_CASES += [(head_dim, "full") for head_dim in (8, 64, 72, 96, 160, 192, 256)]
 HOPPER_CASES += [(head_dim, "shaped") for head_dim in (64, 96, 192, 256)]
 HOPPER_CASES += [(64, "split"), (96, "odd group"), (192, "causal"), (256, "split, shaped"), (256, "gathered, left")]
+HOPPER_CASES += [(64, "gathered")]
 
 
 @pytest.mark.parametrize(("head_dim", "form"), HOPPER_CASES)

@@ -1,4 +1,4 @@
-"""Memory that decode launches leave their sums in: one piece for each stream, whose launches never overlap.
+"""Memory that launches leave sums and counters in: one piece for each stream, whose launches never overlap.
 
 A workspace starts with counters that are zero between launches: each launch leaves them so. One that a CUDA graph has
 captured is kept for good, because the graph may be replayed at any time; it is the capture's own, so that a replay
