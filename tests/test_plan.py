@@ -357,7 +357,7 @@ def test_copies_of_keys_lie_within_a_block_of_the_cache():
 
 
 def test_sections_of_the_hopper_kernel():
-    """Under a mask so many heads side by side that long tiles of one end beside short ones of others, if L2 has room."""
+    """Under a mask so many heads side by side that long tiles of one end beside short ones of others, in L2."""
     least, most = HOPPER_SECTION
     for seqlen in (256, 1024, 4096, 16384):
         rows = {"batch": 16384 // seqlen, "seqlen_q": seqlen, "total_q": 16384, "packed_q": False}
