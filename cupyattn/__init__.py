@@ -12,6 +12,27 @@ from __future__ import annotations
 from .attention import append_kv, attention, attention_varlen, attention_with_kvcache
 from .decode_plan import DecodePlan
 from .explain import Explanation, explain
+from .kvcache import (
+    BlockAllocator,
+    BlockTable,
+    CacheFull,
+    DoubleFree,
+    InferenceParams,
+    KVCache,
+    OutOfBlocks,
+    PagedKVCache,
+    SwappedOut,
+    UnknownSequence,
+    UseAfterFree,
+    allocate_inference_cache,
+    create_cu_seqlens,
+    flash_attention_with_kv_cache,
+    generate_block_kvcache,
+    incremental_attention,
+    initialize_kv_cache,
+    reorder_kv_cache,
+    update_kv_cache,
+)
 from .prefill_plan import PrefillPlan
 from .ragged import RaggedArray
 from .rotary import apply_rotary
@@ -19,18 +40,37 @@ from .shared_prefix import attention_with_shared_prefix
 from .states import merge_states
 
 __all__ = [
+    "BlockAllocator",
+    "BlockTable",
+    "CacheFull",
     "DecodePlan",
+    "DoubleFree",
     "Explanation",
+    "InferenceParams",
+    "KVCache",
+    "OutOfBlocks",
+    "PagedKVCache",
     "PrefillPlan",
     "RaggedArray",
+    "SwappedOut",
+    "UnknownSequence",
+    "UseAfterFree",
+    "allocate_inference_cache",
     "append_kv",
     "apply_rotary",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
     "attention_with_shared_prefix",
+    "create_cu_seqlens",
     "explain",
+    "flash_attention_with_kv_cache",
+    "generate_block_kvcache",
+    "incremental_attention",
+    "initialize_kv_cache",
     "merge_states",
+    "reorder_kv_cache",
+    "update_kv_cache",
 ]
 
 

@@ -85,6 +85,11 @@ def view(x: Any, name: str = "array") -> View:
 _readers: dict[type, Callable[[Any, str], View]] = {}
 
 
+def stands_for(kind: type, attribute: str) -> None:
+    """Let objects of this class come in as the array that they have under this name."""
+    _readers[kind] = lambda x, name: view(getattr(x, attribute), name)
+
+
 def _find_reader(x: Any, name: str) -> Callable[[Any, str], View]:
     """The reader for objects like x, remembered by type. Libraries are looked up, never imported."""
     kind = type(x)

@@ -419,14 +419,14 @@ def append_kv(
     )
     operands.cache_seqlens, operands.uniform_length = lengths("cache_seqlens", cache_seqlens)
     scales = rotary_and_scales(operands, rotary_cos, rotary_sin, k_scale, v_scale)
-    appending = _find_append(operands, (layout, kv_dtype, *scales, rotary_interleaved))
+    appending = find_append(operands, (layout, kv_dtype, *scales, rotary_interleaved))
     append = appending.append
     if operands.uniform_length is not None:
         check_uniform(append, operands.uniform_length)
     if checking(check, operands.k.device):
         check_indices(append, index_contents(operands, append.batch))
     with device_of(operands.k):
-        in_order(partial(appending.run, operands), operands.k, _all_append_operands(operands))
+        in_order(partial(appending.run, operands), operands.k, all_append_operands(operands))
 
 
 # ------------------------------------------------------------------------- what is prepared for a form of call
@@ -599,7 +599,7 @@ def describe_call(operands: Operands, options: tuple, names: tuple[str, str, str
     )
 
 
-def _find_append(operands: AppendOperands, options: tuple) -> _Appending:
+def find_append(operands: AppendOperands, options: tuple) -> _Appending:
     k_cache, v_cache, k, v = operands.k_cache, operands.v_cache, operands.k, operands.v
     key = (
         *(signature(found) for found in (k_cache, v_cache, k, v)),
@@ -797,7 +797,7 @@ def run_into_views(call: Call, operands: Operands) -> None:
 
 
 _all_operands = attrgetter(*(name for name in Operands.__slots__ if name != "uniform_length"))
-_all_append_operands = attrgetter(*(name for name in AppendOperands.__slots__ if name != "uniform_length"))
+all_append_operands = attrgetter(*(name for name in AppendOperands.__slots__ if name != "uniform_length"))
 _optional_operands = attrgetter(*(name for name in Operands.__slots__[5:] if name != "uniform_length"))
 _optional_append_operands = attrgetter(*(name for name in AppendOperands.__slots__[4:] if name != "uniform_length"))
 

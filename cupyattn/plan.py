@@ -212,6 +212,7 @@ HOPPER_TILES = (
 )
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
+INLINE_CAPACITIES = (64, 256, 928)  # indices of an append that fit the 4 KB of a kernel's argument
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
 DECODE_BATCH = 2048  # sequences whose lengths a block of decode keeps in shared memory
 COUNTER_BYTES = 4 << 10  # at the start of a workspace: one for each share and block of a cluster in decode
@@ -697,8 +698,8 @@ def _rotary_defines(rotary: Rotary | None) -> Defines:
     )
 
 
-def plan_append(append: Append) -> tuple[Defines, int, int]:
-    """Compile-time values, grid and threads of one append."""
+def plan_append(append: Append, inline: int = 0) -> tuple[Defines, int, int]:
+    """Compile-time values, grid and threads of one append; with room for `inline` indices in the kernel's argument."""
     vector, parts = _parts(append.head_dim, append.alignment // append.itemsize, append.rotary, append.head_dim_v)
     defines = (
         ("DTYPE", DTYPE_CODES[append.dtype]),
@@ -710,9 +711,15 @@ def plan_append(append: Append) -> tuple[Defines, int, int]:
         ("CACHE_KIND", CACHE_CODES[append.cache.kind]),
         ("BLOCK_SIZE", append.cache.block_size or 1),
         *_rotary_defines(append.rotary),
+        *((("INLINE_INDICES", inline),) if inline else ()),
         ("THREADS", PART_THREADS),
     )
     return defines, _ceil_div(append.total_new * append.num_kv_heads * parts, PART_THREADS), PART_THREADS
+
+
+def inline_capacity(indices: int) -> int:
+    """The room that is compiled for so many indices in the argument of an append; 0 where there is none."""
+    return next((capacity for capacity in INLINE_CAPACITIES if indices <= capacity), 0)
 
 
 def plan_rotary(rotation: Rotation) -> tuple[Defines, int, int]:

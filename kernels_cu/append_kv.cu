@@ -6,16 +6,34 @@
 // rounded to their own dtype after the rotation first.
 //
 // Compile-time values: DTYPE KV_DTYPE HEAD_DIM HEAD_DIM_V VECTOR PACKED_NEW CACHE_KIND BLOCK_SIZE ROTARY ROTARY_DIM
-// ROTARY_FLOAT32 THREADS.
+// ROTARY_FLOAT32 THREADS. INLINE_INDICES: room for the index arrays of a paged append in the kernel's own argument, so that
+// a host that has them need not copy them to the device first; 0 unless given.
 
 #include "common/types.cuh"
 #include "common/fp8.cuh"
 #include "common/append_params.cuh"
 #include "common/rows.cuh"
 
-__device__ __forceinline__ Row find_new_row(const AppendParams& p, int row) {
+#ifndef INLINE_INDICES
+#define INLINE_INDICES 0
+#endif
+
+#if INLINE_INDICES
+// cache_seqlens, then the rows of block_table, then cu_seqlens_new: PreparedAppend.inline puts them there.
+struct Indices {
+    int at[INLINE_INDICES];
+};
+#endif
+
+struct IndexArrays {
+    const int* cache_seqlens; // null: uniform_length holds
+    const int* block_table;
+    const int* cu_seqlens_new;
+};
+
+__device__ __forceinline__ Row find_new_row(const AppendParams& p, const IndexArrays& arrays, int row) {
 #if PACKED_NEW
-    return find_packed_row(p.cu_seqlens_new, p.batch, row);
+    return find_packed_row(arrays.cu_seqlens_new, p.batch, row);
 #else
     return {row / p.seqlen_new, row % p.seqlen_new};
 #endif
@@ -27,12 +45,12 @@ struct Place {
     int position; // the row's number within its sequence
 };
 
-__device__ __forceinline__ Place find_place(const AppendParams& p, const Row& at) {
-    const i64 used = p.cache_seqlens != nullptr ? p.cache_seqlens[at.sequence] : p.uniform_length;
+__device__ __forceinline__ Place find_place(const AppendParams& p, const IndexArrays& arrays, const Row& at) {
+    const i64 used = arrays.cache_seqlens != nullptr ? arrays.cache_seqlens[at.sequence] : p.uniform_length;
     if (used < 0 || at.index < 0 || used + at.index >= p.cache_rows) return {-1, 0, 0};
     const int row = used + at.index;
 #if CACHE_KIND == CACHE_PAGED
-    const int outer = p.block_table[static_cast<i64>(at.sequence) * p.table_stride + row / BLOCK_SIZE];
+    const int outer = arrays.block_table[static_cast<i64>(at.sequence) * p.table_stride + row / BLOCK_SIZE];
     const int inner = row % BLOCK_SIZE;
 #else
     const int outer = p.cache_batch_idx != nullptr ? p.cache_batch_idx[at.sequence] : at.sequence;
@@ -54,15 +72,26 @@ __device__ __forceinline__ Part<KvElement> to_cache(Part<Element>& row, float sc
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) append_kv(const __grid_constant__ AppendParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) append_kv(
+    const __grid_constant__ AppendParams p
+#if INLINE_INDICES
+    , const __grid_constant__ Indices indices
+#endif
+) {
+#if INLINE_INDICES
+    const int* table = indices.at + p.batch;
+    const IndexArrays arrays = {indices.at, table, table + p.batch * p.table_stride};
+#else
+    const IndexArrays arrays = {p.cache_seqlens, p.block_table, p.cu_seqlens_new};
+#endif
     const i64 index = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x;
     if (index >= static_cast<i64>(p.total_new) * p.num_kv_heads * PARTS) return;
     const int part = index % PARTS;
     const int head = index / PARTS % p.num_kv_heads;
     const int new_row = index / PARTS / p.num_kv_heads;
-    const Row at = find_new_row(p, new_row);
+    const Row at = find_new_row(p, arrays, new_row);
     if (at.sequence < 0) return;
-    const Place place = find_place(p, at);
+    const Place place = find_place(p, arrays, at);
     if (place.outer < 0) return;
     const i64 row = PACKED_NEW ? new_row : at.index;
     const i64 outer = PACKED_NEW ? 0 : at.sequence;

@@ -10,14 +10,17 @@ from problems import CAUSAL, FULL, NO_STRIDES, make_problem, make_step
 
 from cupyattn.plan import (
     DEVICES,
+    INLINE_CAPACITIES,
     MERGE_CAPACITIES,
     STATIC_SHARED,
     DecodeTile,
     Defines,
     plan,
     plan_append,
+    plan_copy,
     plan_merge,
     plan_rotary,
+    plan_write,
 )
 from cupyattn.problem import Append, Problem, Rotary
 from cupyattn.rotary import Rotation
@@ -328,6 +331,20 @@ def make_append(head_dim: int = 128, **changes) -> Append:
 @pytest.mark.parametrize("family", APPENDS)
 def test_append_kernel(arch, family):
     _compile_kernel("append_kv", plan_append(make_append(**APPENDS[family]))[0], arch)
+
+
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
+@pytest.mark.parametrize("packed", [False, True])
+def test_append_kernel_with_indices_in_its_argument(arch, packed):
+    for capacity in INLINE_CAPACITIES:
+        _compile_kernel("append_kv", plan_append(make_append(packed_new=packed), capacity)[0], arch)
+
+
+@pytest.mark.parametrize("arch", ("70", *ARCHS))
+def test_copy_and_write_kernels(arch):
+    for head_bytes in (256, 24, 20, 6, 65):
+        _compile_kernel("copy_rows", plan_copy(100, 2, 8, head_bytes)[0], arch)
+    _compile_kernel("write_entries", plan_write(16)[0], arch)
 
 
 @pytest.mark.parametrize("alignment", [16, 4, 1])

@@ -52,7 +52,7 @@ def test_metadata(project):
 
 
 def test_base_dependencies(project):
-    assert names_of(project["dependencies"]) == {"numpy", "ml-dtypes", "einops", "platformdirs", "rich", "typer"}
+    assert names_of(project["dependencies"]) == {"numpy", "ml-dtypes", "einops", "platformdirs", "rich", "typer", "xxhash"}
 
 
 @pytest.mark.parametrize(

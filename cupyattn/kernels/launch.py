@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import jit
 from ..arrays import View, current_stream, empty
-from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, plan, plan_append
+from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, inline_capacity, plan, plan_append
 from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
 from .operands import AppendOperands, Operands
@@ -170,11 +170,13 @@ class PreparedDecode:
 class PreparedAppend:
     """One append, compiled and loaded for one device; call it with operands and a stream."""
 
-    __slots__ = ("append", "kernel", "_grid", "_block", "_tail")
+    __slots__ = ("append", "kernel", "_device", "_grid", "_block", "_tail", "_inline")
 
-    def __init__(self, append: Append, kernel: jit.Kernel, grid: int, threads: int) -> None:
+    def __init__(self, append: Append, kernel: jit.Kernel, device: int, grid: int, threads: int) -> None:
         self.append = append
         self.kernel = kernel
+        self._device = device
+        self._inline: dict[int, jit.Kernel] = {}
         self._grid = (grid,)
         self._block = (threads,)
         self._tail = params.append_scalars(append)
@@ -184,6 +186,22 @@ class PreparedAppend:
         if self._grid[0]:
             argument = params.pack_append(operands, self._tail)
             enqueue(self.kernel.function, self._grid, self._block, (argument,), 0, stream)
+
+    def inline(self, operands: AppendOperands, indices: np.ndarray, stream: int) -> None:
+        """The same with index arrays that are on the host, and travel as an argument of the kernel.
+
+        indices: int32, at most INLINE_CAPACITIES[-1]: cache_seqlens, behind it block_table, and with packed rows
+        cu_seqlens_new behind that. Those of the operands are not looked at.
+        """
+        if self._grid[0]:
+            capacity = inline_capacity(len(indices))
+            kernel = self._inline.get(capacity)
+            if kernel is None:
+                defines, arch = plan_append(self.append, capacity)[0], describe_device(self._device).arch
+                kernel = self._inline[capacity] = jit.load("append_kv", defines, arch, "append_kv", self._device, 0)
+            argument = params.pack_append(operands, self._tail)
+            held = np.void(indices.tobytes().ljust(4 * capacity, b"\0"))
+            enqueue(kernel.function, self._grid, self._block, (argument, held), 0, stream)
 
 
 class PreparedSteps:
@@ -287,7 +305,7 @@ def prepare_append(append: Append, device: int) -> PreparedAppend:
     """Compile (or find) and load the append kernel for this problem."""
     defines, grid, threads = plan_append(append)
     loaded = jit.load("append_kv", defines, describe_device(device).arch, "append_kv", device, 0)
-    return PreparedAppend(append, loaded, grid, threads)
+    return PreparedAppend(append, loaded, device, grid, threads)
 
 
 @functools.cache

@@ -1,0 +1,40 @@
+"""Caches of keys and values as objects: paged with shared blocks, and dense."""
+
+from __future__ import annotations
+
+from .allocator import AllocatorStats, BlockAllocator
+from .block_table import BlockTable
+from .dense import (
+    KVCache,
+    flash_attention_with_kv_cache,
+    incremental_attention,
+    initialize_kv_cache,
+    reorder_kv_cache,
+    update_kv_cache,
+)
+from .errors import CacheFull, DoubleFree, OutOfBlocks, SwappedOut, UnknownSequence, UseAfterFree
+from .inference import InferenceParams, allocate_inference_cache, create_cu_seqlens, generate_block_kvcache
+from .paged import PagedKVCache
+
+__all__ = [
+    "AllocatorStats",
+    "BlockAllocator",
+    "BlockTable",
+    "CacheFull",
+    "DoubleFree",
+    "InferenceParams",
+    "KVCache",
+    "OutOfBlocks",
+    "PagedKVCache",
+    "SwappedOut",
+    "UnknownSequence",
+    "UseAfterFree",
+    "allocate_inference_cache",
+    "create_cu_seqlens",
+    "flash_attention_with_kv_cache",
+    "generate_block_kvcache",
+    "incremental_attention",
+    "initialize_kv_cache",
+    "reorder_kv_cache",
+    "update_kv_cache",
+]

@@ -1,0 +1,261 @@
+"""Files of snapshots: safetensors, written in one piece or not at all, and checked before they are believed.
+
+A safetensors file is the length of its header (8 bytes), the header (JSON: dtype, shape and place of each tensor, and
+strings by name) and the tensors' bytes (github.com/huggingface/safetensors). Its own library reads these files; they
+are written and read here because a cache passes through in small pieces and never lies in memory a second time.
+
+Small tensors, the index, come first and are read at once. Then comes the data. Each of the two has a checksum among
+the header's strings, XXH3-128 in hex: `data_xxh3_128`, and `index_xxh3_128` of all bytes from the first of the file to
+the last of the index, with zeros in its own place. So what decides how much memory is taken is checked before it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+from xxhash import xxh3_128
+
+FORMAT, VERSION = "cupyattn.kvcache", 1
+CHUNK = 32 << 20  # bytes that are on their way at once
+PROGRESS_FROM = 1 << 30  # bytes of data that are worth a progress bar
+MAX_HEADER = 100 << 20  # that of safetensors
+INDEX, DATA = "index_xxh3_128", "data_xxh3_128"
+_NO_SUM = "0" * 32
+_NAMES = {np.dtype(name): name[0].upper() + str(np.dtype(name).itemsize * 8) for name in ("int32", "int64")}
+_NAMES |= {np.dtype(np.uint8): "U8", np.dtype(np.uint64): "U64", np.dtype(np.float16): "F16"}
+_NAMES |= {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+class BadSnapshot(ValueError):
+    """A file is no snapshot, or not a whole one, or was altered. Nothing was loaded from it."""
+
+
+class Writer:
+    """A context in which the data of a new file is written, from the first byte to the last, in any pieces.
+
+    The file appears when the context is left, complete and on the disk, in the place of one that was there before. If
+    it is left by an exception, or the process dies, nothing has happened.
+
+    Args:
+        path: of the file; its folder exists.
+        kind: what is in it.
+        strings: what else the header says.
+        index: the small tensors.
+        data: dtype and shape of each tensor that is about to be written.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, kind: str, strings: Mapping[str, Any], index: Mapping[str, Any], data: Shapes
+    ) -> None:
+        self._path = Path(os.path.realpath(path))
+        self._index = b"".join(np.ascontiguousarray(array).tobytes() for array in index.values())
+        self._strings = {"format": FORMAT, "version": VERSION, "kind": kind, **strings}
+        self._tensors: dict[str, Any] = {}
+        end = 0
+        for name, (dtype, shape) in {**{name: (x.dtype, x.shape) for name, x in index.items()}, **data}.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            self._tensors[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        self._left = end - len(self._index)
+        self._sum = xxh3_128()
+
+    def __enter__(self) -> Writer:
+        with ExitStack() as stack:
+            self._folder = os.open(self._path.parent, os.O_RDONLY)
+            stack.callback(os.close, self._folder)
+            self._file, self._name = _open_nameless(self._folder, self._path.name)
+            stack.callback(self._close)
+            self._advance = stack.enter_context(_progress(f"saving {self._path.name}", self._left))
+            _write_all(self._file, self._header(_NO_SUM, _NO_SUM) + self._index)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, piece: np.ndarray) -> None:
+        """The next bytes of the data: any C-contiguous array."""
+        octets = piece.reshape(-1).view(np.uint8)
+        _write_all(self._file, octets)
+        self._sum.update(octets)
+        self._left -= octets.nbytes
+        self._advance(octets.nbytes)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with self._stack:
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        if self._left:
+            raise AssertionError(f"{self._left} bytes of the data were not written")
+        data = self._sum.hexdigest()
+        index = xxh3_128(self._header(_NO_SUM, data) + self._index).hexdigest()
+        os.lseek(self._file, 0, os.SEEK_SET)
+        _write_all(self._file, self._header(index, data))
+        os.fsync(self._file)
+        if self._name is None:
+            self._name = _free_name(self._path.name)
+            # With a folder's descriptor link() follows the link in /proc to the file that has no name yet.
+            os.link(f"/proc/self/fd/{self._file}", self._name, dst_dir_fd=self._folder, follow_symlinks=True)
+        os.replace(self._name, self._path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        self._name = None
+        os.fsync(self._folder)
+
+    def _header(self, index: str, data: str) -> bytes:
+        """Length and header; padded, so that the tensors begin at a multiple of 8."""
+        strings = {name: str(value) for name, value in self._strings.items()}
+        text = json.dumps({"__metadata__": {**strings, INDEX: index, DATA: data}, **self._tensors}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _close(self) -> None:
+        os.close(self._file)
+        if self._name is not None:
+            os.unlink(self._name, dir_fd=self._folder)
+
+
+class Reader:
+    """A context in which the data of a file is read, from the first byte to the last; `strings`, `index`, `data` are
+    as in `Writer`, and are checked already. `finish` checks the data: do not use it before.
+
+    Raises BadSnapshot for whatever is wrong with the file, OSError if it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike, kind: str) -> None:
+        self._path, self._kind = path, kind
+
+    def __enter__(self) -> Reader:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open(self._path, "rb", buffering=0))
+            self._read_front()
+            left = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.data.values())
+            self._advance = stack.enter_context(_progress(f"loading {Path(self._path).name}", left))
+            self._sum = xxh3_128()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def read(self, piece: np.ndarray) -> np.ndarray:
+        """Fill a C-contiguous array with the next bytes of the data, and return it."""
+        octets = piece.reshape(-1).view(np.uint8)
+        self._fill(octets)
+        self._sum.update(octets)
+        self._advance(octets.nbytes)
+        return piece
+
+    def finish(self) -> None:
+        """Raise BadSnapshot unless all of the data was read, and is what was written."""
+        if self._file.tell() != self._size or self._sum.hexdigest() != self.strings[DATA]:
+            self.refuse("altered data: it does not have the checksum that the header says")
+
+    def rewind(self) -> None:
+        """Read the data from its beginning."""
+        self._file.seek(self._start)
+        self._sum.reset()
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise BadSnapshot that says what this file is."""
+        raise BadSnapshot(f"path: got {os.fspath(self._path)!r}, {what}; expected a snapshot of this version, as saved")
+
+    def _read_front(self) -> None:
+        self._size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._fill(np.zeros(8, np.uint8)).tobytes(), "little")
+        if length > min(self._size - 8, MAX_HEADER):
+            self.refuse("no safetensors file, or a truncated one")
+        header = self._fill(np.empty(length, np.uint8)).tobytes()
+        try:
+            tensors = json.loads(header)
+            self.strings: dict[str, str] = tensors.pop("__metadata__")
+            found = [self.strings[name] for name in ("format", "kind", "version", INDEX, DATA)]
+            shapes = {name: (_DTYPES[x["dtype"]], tuple(x["shape"])) for name, x in tensors.items()}
+            ends = [(x["data_offsets"][0], x["data_offsets"][1]) for x in tensors.values()]
+            sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            self.refuse("no snapshot: its header is none")
+        if found[0] != FORMAT or found[1] != self._kind:
+            self.refuse(f"a file of {found[0]} {found[1]}")
+        if found[2] != str(VERSION):
+            self.refuse(f"of version {found[2]}, where {VERSION} is known")
+        starts = np.cumsum([0, *sizes]).tolist()
+        if ends != list(zip(starts, starts[1:], strict=False)) or self._size != 8 + length + starts[-1]:
+            self.refuse(f"of {self._size} bytes, not of those that its header tells: truncated or altered")
+        front = length.to_bytes(8, "little") + header.replace(found[3].encode(), _NO_SUM.encode(), 1)
+        index_sum = xxh3_128(front)
+        self.index: dict[str, np.ndarray] = {}
+        self.data: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for name, (dtype, shape) in shapes.items():
+            if name in ("k", "v", "kv"):
+                self.data[name] = dtype, shape
+            else:
+                self.index[name] = np.empty(shape, dtype)
+                index_sum.update(self._fill(self.index[name].reshape(-1).view(np.uint8)))
+        if index_sum.hexdigest() != found[3]:
+            self.refuse("altered: its header or index do not have the checksum that it says")
+        self._start = self._file.tell()
+
+    def _fill(self, octets: np.ndarray) -> np.ndarray:
+        rest = memoryview(octets)
+        while len(rest):
+            count = self._file.readinto(rest)
+            if not count:
+                self.refuse("a truncated file")
+            rest = rest[count:]
+        return octets
+
+
+def _open_nameless(folder: int, name: str) -> tuple[int, str | None]:
+    """A new file in a folder, without a name if that can be: then a process that dies leaves nothing behind."""
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        try:
+            return os.open(".", os.O_TMPFILE | os.O_RDWR, 0o666, dir_fd=folder), None
+        except OSError as error:  # file systems that know of no such files, NFS for one
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    name = _free_name(name)
+    return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666, dir_fd=folder), name
+
+
+def _free_name(name: str) -> str:
+    return f".{name}.{secrets.token_hex(8)}.partial"
+
+
+def _write_all(file: int, octets: Any) -> None:
+    rest = memoryview(octets)
+    while len(rest):
+        rest = rest[os.write(file, rest) :]
+
+
+class _progress:
+    """A context that gives a function to be told of bytes that are done; they are shown if there are many."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._bars = what, total, None
+
+    def __enter__(self) -> Any:
+        if self._total < PROGRESS_FROM:
+            return lambda count: None
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bars.__enter__()
+        task = self._bars.add_task(self._what, total=self._total)
+        return lambda count: self._bars.advance(task, count)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.__exit__(*error)
