@@ -29,6 +29,7 @@ from rich.console import Console
 
 from ..attention import attention, attention_varlen, attention_with_kvcache
 from ..plan import warmup_variants
+from ..prefill_plan import PrefillPlan
 from ..timing import MEASURE_MS, WARMUP_MS, EventTimer
 from .bench_common import (
     OURS,
@@ -218,7 +219,9 @@ def run(
         for name, results in by_section(measured.results).items():
             show(results, kernels_of(name, names), console, title=f"{TITLES[name]} on {gpu}")
             show_load([measured.clocks[cell] for cell in results], console)
-    show_host({f"attention(q, k, v) on {library} arrays": line for library, line in host_us.items()}, console)
+    plain = {name: line for name, line in host_us.items() if name.isalpha()}
+    show_host({f"attention(q, k, v) on {library} arrays": line for library, line in plain.items()}, console)
+    show_host({name: line for name, line in host_us.items() if name not in plain}, console)
     show_compiled(compiled, console)
     record = as_record(measured, host_us, rounds) | {"compile": compiled}
     grid = by_section(measured.results).get("grid", {})
@@ -525,7 +528,7 @@ def rows_of(case: Case, array: Any, sequence: int, kv_head: int, count: int) -> 
 
 
 def host_times(cupy: ModuleType) -> dict[str, dict[str, float]]:
-    """Microseconds that `attention(q, k, v)` on a small shape keeps the host busy, per library."""
+    """Microseconds of the host on a small shape: `attention(q, k, v)` by library, `PrefillPlan.run` by its name."""
     host = np.random.default_rng(0).standard_normal((3, *HOST_SHAPE)).astype(np.float16)
     arrays: dict[str, Any] = {"cupy": tuple(cupy.asarray(x) for x in host)}
     try:
@@ -534,7 +537,9 @@ def host_times(cupy: ModuleType) -> dict[str, dict[str, float]]:
         arrays["torch"] = tuple(torch.from_dlpack(x) for x in arrays["cupy"])
     except ImportError:
         pass
-    return {library: host_time(cupy, partial(attention, *qkv)) for library, qkv in arrays.items()}
+    times = {library: host_time(cupy, partial(attention, *qkv)) for library, qkv in arrays.items()}
+    planned = {library: partial(PrefillPlan(*qkv).run, *qkv) for library, qkv in arrays.items()}
+    return times | {f"PrefillPlan.run on {library} arrays": host_time(cupy, run) for library, run in planned.items()}
 
 
 def compile_times(cupy: ModuleType) -> dict[str, Any]:

@@ -13,6 +13,7 @@ The functions at the end carry the names of the incremental attention that peopl
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..arrays import View, device_name, refuse, view
 from ..attention import append_kv, attention_with_kvcache
 from ..problem import same_kind
 from ..streams import device_of
+from . import snapshots
 from .errors import CacheFull
 from .placing import Array, allocate, bits, dtype_name, host_integers, prototype, put, take
 
@@ -346,6 +348,18 @@ class KVCache:
         """Forget all tokens; the memory stays."""
         self._lengths = np.zeros_like(self._lengths)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the cache to a safetensors file, which appears when it is complete. `select` before to save a part."""
+        snapshots.save_dense(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: Any = "cpu") -> KVCache:
+        """A cache as `save` found it, the same bits, on any device, which is named as in `initialize_kv_cache`.
+
+        Raises BadSnapshot for a file that is not whole, not as it was written, or of another kind.
+        """
+        return snapshots.load_dense(cls, path, device)
+
     # ---------------------------------------------------------------------------------------------- memory
 
     def _room(self, length: int, like: View) -> _Storage:
@@ -374,7 +388,7 @@ class KVCache:
         return _whole_blocks(kept if self.max_seqlen is None else min(kept, self.max_seqlen))
 
     def _new_storage(self, like: View, rows: int) -> _Storage:
-        """Memory of `rows` rows for each sequence, not initialised, in like's library and on its device."""
+        """Memory of `rows` rows for each sequence, in like's library and on its device; only a ring's is initialised."""
         kv_heads, *dims = self._heads
         dtype = self._dtype or like.dtype
         if self.packed:
@@ -384,7 +398,13 @@ class KVCache:
         else:
             shapes = [(self.batch_size, kv_heads, rows, dim) for dim in dims]
             bases = tuple(allocate(like, shape, dtype).swapaxes(1, 2) for shape in shapes)
-        return _Storage(bases, ring=self.window is not None)
+        storage = _Storage(bases, ring=self.window is not None)
+        if storage.ring:
+            # Rows of tokens that the window has passed are masked, which a NaN in memory would survive (0 * NaN).
+            with device_of(like):
+                for base in storage.bits:
+                    base[...] = 0
+        return storage
 
     def _held(self) -> list[Array]:
         """The tokens that are there, in order, as the arrays that hold them: (batch, seqlen, …)."""
