@@ -13,6 +13,7 @@ from .attention import append_kv, attention, attention_varlen, attention_with_kv
 from .decode_plan import DecodePlan
 from .explain import Explanation, explain
 from .kvcache import (
+    BadSnapshot,
     BlockAllocator,
     BlockTable,
     CacheFull,
@@ -26,6 +27,7 @@ from .kvcache import (
     UseAfterFree,
     allocate_inference_cache,
     create_cu_seqlens,
+    find_leaks,
     flash_attention_with_kv_cache,
     generate_block_kvcache,
     incremental_attention,
@@ -33,6 +35,7 @@ from .kvcache import (
     reorder_kv_cache,
     update_kv_cache,
 )
+from .memory import memory_trace
 from .prefill_plan import PrefillPlan
 from .ragged import RaggedArray
 from .rotary import apply_rotary
@@ -40,6 +43,7 @@ from .shared_prefix import attention_with_shared_prefix
 from .states import merge_states
 
 __all__ = [
+    "BadSnapshot",
     "BlockAllocator",
     "BlockTable",
     "CacheFull",
@@ -64,10 +68,12 @@ __all__ = [
     "attention_with_shared_prefix",
     "create_cu_seqlens",
     "explain",
+    "find_leaks",
     "flash_attention_with_kv_cache",
     "generate_block_kvcache",
     "incremental_attention",
     "initialize_kv_cache",
+    "memory_trace",
     "merge_states",
     "reorder_kv_cache",
     "update_kv_cache",

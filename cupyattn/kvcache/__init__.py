@@ -15,22 +15,29 @@ from .dense import (
 from .errors import CacheFull, DoubleFree, OutOfBlocks, SwappedOut, UnknownSequence, UseAfterFree
 from .inference import InferenceParams, allocate_inference_cache, create_cu_seqlens, generate_block_kvcache
 from .paged import PagedKVCache
+from .report import CacheReport, Leak, SequenceReport, find_leaks
+from .snapshot_file import BadSnapshot
 
 __all__ = [
     "AllocatorStats",
+    "BadSnapshot",
     "BlockAllocator",
     "BlockTable",
     "CacheFull",
+    "CacheReport",
     "DoubleFree",
     "InferenceParams",
     "KVCache",
+    "Leak",
     "OutOfBlocks",
     "PagedKVCache",
+    "SequenceReport",
     "SwappedOut",
     "UnknownSequence",
     "UseAfterFree",
     "allocate_inference_cache",
     "create_cu_seqlens",
+    "find_leaks",
     "flash_attention_with_kv_cache",
     "generate_block_kvcache",
     "incremental_attention",

@@ -8,6 +8,7 @@ A call that raises has changed nothing.
 from __future__ import annotations
 
 import operator
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ from ..kernels.operands import AppendOperands
 from ..problem import FLOAT_DTYPES, FP8_DTYPES, MAX_HEAD_DIM
 from ..ragged import RaggedArray
 from ..streams import device_of, in_order
+from . import snapshots
 from .allocator import BlockAllocator, count_of
 from .block_map import block_map
 from .block_table import INT32_MAX, PADDING, BlockTable
 from .errors import DoubleFree, SwappedOut, UnknownSequence, UseAfterFree
+from .report import CacheReport, report
 from .store import DeviceStore, Form, HostStore, Pair
 from .transfer import device_number, index_view
 
@@ -392,6 +395,40 @@ class PagedKVCache:
                 self._table[slot, : len(own)] = own
         self.allocator.free(blocks)
         self._touch(slots)
+
+    # -------------------------------------------------------------------------------------- snapshots, inspection
+
+    def save(self, path: str | os.PathLike, seqs: Sequences | None = None) -> None:
+        """Write sequences to a safetensors file: all, and what is kept for prefixes, or only these with what they need.
+
+        The file appears when it is complete, in the place of an older one; it has checksums, and nothing in it is run.
+        Raises OSError if it cannot be written.
+        """
+        snapshots.save(self, path, seqs)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, num_blocks: int | None = None, device: int | None = None) -> PagedKVCache:
+        """A cache as `save` found it: ids, sharing, known prefixes, the same bits; on any device.
+
+        num_blocks: of the pool, by default as before. Raises OutOfBlocks if that is not enough, BadSnapshot for a file
+        that is not whole, not as it was written, or of another kind.
+        """
+        return snapshots.load(cls, path, num_blocks, device)
+
+    def restore(self, path: str | os.PathLike) -> list[int]:
+        """Add the sequences of a file to this cache, under new ids, which are returned in the order of the file.
+
+        Raises OutOfBlocks, BadSnapshot as `load`; ValueError if its blocks are of another form.
+        """
+        return snapshots.restore(self, path)
+
+    def report(self, num_heads: int | None = None, max_seqlen: int | None = None) -> CacheReport:
+        """Where the memory is: used, wasted, shared, by sequence; leaks; and what other ways would take.
+
+        num_heads: of queries, for the scores of naive attention; num_kv_heads if None. max_seqlen: what a dense cache
+        would have to have room for; the longest sequence if None.
+        """
+        return report(self, num_heads, max_seqlen)
 
     # ------------------------------------------------------------------------------------------- for attention
 

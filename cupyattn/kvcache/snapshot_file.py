@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,7 +63,7 @@ class Writer:
     ) -> None:
         self._path = Path(os.path.realpath(path))
         self._index = b"".join(np.ascontiguousarray(array).tobytes() for array in index.values())
-        self._strings = {"format": FORMAT, "version": VERSION, "kind": kind, **strings}
+        self._strings = {"format": FORMAT, "version": VERSION, "kind": kind, "data": " ".join(data), **strings}
         self._tensors: dict[str, Any] = {}
         end = 0
         for name, (dtype, shape) in {**{name: (x.dtype, x.shape) for name, x in index.items()}, **data}.items():
@@ -78,14 +79,17 @@ class Writer:
             self._file, self._name = _open_nameless(self._folder, self._path.name)
             stack.callback(self._close)
             self._advance = stack.enter_context(_progress(f"saving {self._path.name}", self._left))
+            self._writing = stack.enter_context(ThreadPoolExecutor(1))
+            self._last: Future | None = None
             _write_all(self._file, self._header(_NO_SUM, _NO_SUM) + self._index)
             self._stack = stack.pop_all()
         return self
 
     def write(self, piece: np.ndarray) -> None:
-        """The next bytes of the data: any C-contiguous array."""
+        """The next bytes of the data: any C-contiguous array, which must stay as it is until the next call is done."""
         octets = piece.reshape(-1).view(np.uint8)
-        _write_all(self._file, octets)
+        self._wait()
+        self._last = self._writing.submit(_write_all, self._file, octets)
         self._sum.update(octets)
         self._left -= octets.nbytes
         self._advance(octets.nbytes)
@@ -95,7 +99,12 @@ class Writer:
             if kind is None:
                 self._finish()
 
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
     def _finish(self) -> None:
+        self._wait()
         if self._left:
             raise AssertionError(f"{self._left} bytes of the data were not written")
         data = self._sum.hexdigest()
@@ -138,8 +147,8 @@ class Reader:
         with ExitStack() as stack:
             self._file = stack.enter_context(open(self._path, "rb", buffering=0))
             self._read_front()
-            left = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.data.values())
-            self._advance = stack.enter_context(_progress(f"loading {Path(self._path).name}", left))
+            self.data_bytes = self._size - self._start
+            self._advance = stack.enter_context(_progress(f"loading {Path(self._path).name}", self.data_bytes))
             self._sum = xxh3_128()
             self._stack = stack.pop_all()
         return self
@@ -162,6 +171,7 @@ class Reader:
 
     def rewind(self) -> None:
         """Read the data from its beginning."""
+        self._advance(self._start - self._file.tell())
         self._file.seek(self._start)
         self._sum.reset()
 
@@ -181,7 +191,8 @@ class Reader:
             found = [self.strings[name] for name in ("format", "kind", "version", INDEX, DATA)]
             shapes = {name: (_DTYPES[x["dtype"]], tuple(x["shape"])) for name, x in tensors.items()}
             ends = [(x["data_offsets"][0], x["data_offsets"][1]) for x in tensors.values()]
-            sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values()]
+            sizes = [math.prod(map(_count, shape)) * dtype.itemsize for dtype, shape in shapes.values()]
+            data = self.strings["data"].split()
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             self.refuse("no snapshot: its header is none")
         if found[0] != FORMAT or found[1] != self._kind:
@@ -192,17 +203,14 @@ class Reader:
         if ends != list(zip(starts, starts[1:], strict=False)) or self._size != 8 + length + starts[-1]:
             self.refuse(f"of {self._size} bytes, not of those that its header tells: truncated or altered")
         front = length.to_bytes(8, "little") + header.replace(found[3].encode(), _NO_SUM.encode(), 1)
+        octets = {name: np.empty(size, np.uint8) for name, size in zip(shapes, sizes, strict=True) if name not in data}
         index_sum = xxh3_128(front)
-        self.index: dict[str, np.ndarray] = {}
-        self.data: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-        for name, (dtype, shape) in shapes.items():
-            if name in ("k", "v", "kv"):
-                self.data[name] = dtype, shape
-            else:
-                self.index[name] = np.empty(shape, dtype)
-                index_sum.update(self._fill(self.index[name].reshape(-1).view(np.uint8)))
+        for array in octets.values():
+            index_sum.update(self._fill(array))
         if index_sum.hexdigest() != found[3]:
             self.refuse("altered: its header or index do not have the checksum that it says")
+        self.data = {name: shapes[name] for name in shapes if name in data}
+        self.index = {name: array.view(shapes[name][0]).reshape(shapes[name][1]) for name, array in octets.items()}
         self._start = self._file.tell()
 
     def _fill(self, octets: np.ndarray) -> np.ndarray:
@@ -225,6 +233,12 @@ def _open_nameless(folder: int, name: str) -> tuple[int, str | None]:
                 raise
     name = _free_name(name)
     return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666, dir_fd=folder), name
+
+
+def _count(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(number)
+    return number
 
 
 def _free_name(name: str) -> str:
