@@ -52,7 +52,8 @@ def test_metadata(project):
 
 
 def test_base_dependencies(project):
-    assert names_of(project["dependencies"]) == {"numpy", "ml-dtypes", "einops", "platformdirs", "rich", "typer", "xxhash"}
+    expected = {"numpy", "ml-dtypes", "einops", "platformdirs", "rich", "typer", "xxhash"}
+    assert names_of(project["dependencies"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from ..decode_plan import DecodePlan
 from ..explain import explain
 from ..rotary import apply_rotary
 from .device import Device, Precision, array_module, device_label, dtype_of, synchronize, to_host
-from .model import VOCABULARY, Array, Config, Decoder
+from .model import Array, Config, Decoder, sampling_noise
+from .oracle import Check, Rows, check_layer, compared, worst_of
 from .progress import progress_bars
-from .tolerance import tolerance_of
+from .serving import serve_arrivals, show_serving
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 16, 640
-TEMPERATURE = 0.8
-PRINTABLE = range(32, 127)
+COMMON_PREFIX = 200
 
 
 @dataclass(slots=True)
@@ -98,15 +98,6 @@ class Trace:
         self.calls.setdefault(layer, []).append(tuple(to_host(x) for x in arrays))
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """How far the outputs of one layer were from float64, and how far they may be."""
-
-    outputs: int
-    error: float
-    tolerance: float
-
-
 @dataclass(slots=True)
 class Served:
     """One pass over all requests: tokens (requests, new_tokens), times in seconds, blocks taken at the end."""
@@ -147,6 +138,14 @@ def demo(
     seed: Annotated[
         int, typer.Option("--seed", min=0, metavar="N", help="Seed of the weights, the cuts and the sampling.")
     ] = 0,
+    arriving: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Requests arrive over time, begin alike, and compete for too few blocks: batched anew in each step, "
+            "preempted, resumed.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Serve text from a paged KV cache: packed prefill, paged decode, every attention output checked.
@@ -157,9 +156,16 @@ def demo(
     """
     xp = array_module(device)
     texts = read_texts(paths)
-    report = run(xp, cut_requests(texts, requests, seed), new_tokens, block_size, dtype_of(dtype, xp), seed)
+    prompts = cut_requests(texts, requests, seed)
+    options = new_tokens, block_size, dtype_of(dtype, xp), seed
+    if arriving:
+        report = serve_arrivals(xp, begin_alike(prompts, texts), *options)
+    else:
+        report = run(xp, prompts, *options)
     if as_json:
         typer.echo(json.dumps(asdict(report) | {"passed": report.passed}, indent=2))
+    elif arriving:
+        show_serving(report)
     else:
         show(report, own_text=bool(paths))
     if not report.passed:
@@ -199,11 +205,16 @@ def cut_requests(texts: list[bytes], count: int, seed: int) -> list[bytes]:
     return pieces
 
 
+def begin_alike(pieces: list[bytes], texts: list[bytes]) -> list[bytes]:
+    """The same pieces behind the beginning of their text, as requests have a system prompt in common."""
+    return [texts[index % len(texts)][:COMMON_PREFIX] + piece for index, piece in enumerate(pieces)]
+
+
 def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, dtype: np.dtype, seed: int) -> Report:
     """Serve the prompts twice: once to compile, record and check every attention output, once for the clock."""
     config = Config()
     model = Decoder(xp, config, dtype, seed)
-    noise = _sampling_noise(xp, len(prompts), new_tokens, seed)
+    noise = sampling_noise(xp, len(prompts), new_tokens, seed)
     needed = sum(-(-(len(prompt) + new_tokens) // block_size) for prompt in prompts)
     held = needed + needed // 4  # a server keeps some room
 
@@ -222,8 +233,7 @@ def run(xp: ModuleType, prompts: list[bytes], new_tokens: int, block_size: int, 
             for calls in progress.track(trace.calls.values(), description="check against float64")
         ]
         served = one_pass("timed pass", None)
-    # Layers differ in scale: report the one that comes closest to its own limit, or that is not a number.
-    worst = max(checks, key=lambda found: np.nan_to_num(found.error / found.tolerance, nan=np.inf))
+    worst = worst_of(checks)
 
     prompt_tokens = sum(len(prompt) for prompt in prompts)
     decoded = len(prompts) * (new_tokens - 1)  # prefill gives each request its first token
@@ -315,13 +325,10 @@ def serve(
             trace.plan = plan
         return out[:, 0]
 
-    def sample(hidden: Array, step: int) -> Array:
-        return (model.logits(hidden) / TEMPERATURE + noise[step]).argmax(axis=-1)
-
     synchronize(xp)
     started = time.perf_counter()
     hidden = model.forward(tokens, prefill)
-    generated = [sample(hidden[cu_seqlens[1:] - 1], 0)]
+    generated = [model.sample(hidden[cu_seqlens[1:] - 1], noise[0])]
     synchronize(xp)
     prefilled = time.perf_counter()
     done()
@@ -332,7 +339,7 @@ def serve(
             block_table = xp.asarray(table)
         cache_seqlens = xp.asarray(lengths)
         hidden = model.forward(generated[-1], decode)
-        generated.append(sample(hidden, step))
+        generated.append(model.sample(hidden, noise[step]))
         lengths = lengths + 1
         done()
     answers = to_host(xp.stack(generated, axis=1)).astype(np.uint8)
@@ -347,29 +354,12 @@ def check(calls: list[tuple[np.ndarray, ...]], lengths: list[int], tables: list[
     """
     starts = np.cumsum([0, *lengths])
 
-    def packed(role: int) -> np.ndarray:
+    def own(role: int, row: int) -> np.ndarray:
         prefill, steps = calls[0][role], [call[role] for call in calls[1:]]
-        rows = [
-            np.concatenate([prefill[starts[b] : starts[b + 1]], *(step[b : b + 1] for step in steps)])
-            for b in range(len(lengths))
-        ]
-        return np.concatenate(rows)
+        return np.concatenate([prefill[starts[row] : starts[row + 1]], *(step[row : row + 1] for step in steps)])
 
-    q, k, v, out = (packed(role) for role in range(4))
-    totals = [n + len(calls) - 1 for n in lengths]
-    cu_seqlens = np.cumsum([0, *totals]).astype(np.int32)
-    positions = np.concatenate([np.arange(total) for total in totals])
-    q, k = (_rotated(x, *(table[positions] for table in tables)) for x in (q, k))
-    oracle = attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True, kernel="numpy_float64")
-    error = float(np.abs(out.astype(np.float64) - oracle).max())
-    return Check(out.size, error, tolerance_of(v))
-
-
-def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """x (tokens, heads, head_dim), turned in float64 by its tokens' cos and sin, and rounded to its dtype again."""
-    first, second = np.split(x.astype(np.float64), 2, axis=-1)
-    cos, sin = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
-    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+    sequences = [Rows(*(own(role, row) for role in range(4))) for row in range(len(lengths))]
+    return check_layer(sequences, *tables)
 
 
 def show(report: Report, own_text: bool) -> None:
@@ -410,12 +400,9 @@ def show(report: Report, own_text: bool) -> None:
 
 def verdict(report: Report) -> str:
     """PASS or FAIL, and what was compared with what."""
-    outputs, limit = f"{report.checked_outputs:,} attention outputs", f"(tolerance {report.tolerance:.1e})"
-    if report.passed:
-        return f"PASS: {outputs} within {report.largest_error:.1e} of float64 {limit}"
     if not report.repeatable:
         return "FAIL: the second pass gave other tokens than the first"
-    return f"FAIL: {outputs}, off by up to {report.largest_error:.1e} from float64 {limit}"
+    return compared(report.checked_outputs, report.largest_error, report.tolerance)
 
 
 def next_step(report: Report, own_text: bool) -> str:
@@ -423,7 +410,7 @@ def next_step(report: Report, own_text: bool) -> str:
     if not report.passed:
         return "Next: cupyattn doctor looks for the cause on this machine."
     if not own_text:
-        return "Next: cupyattn demo FILE serves your own text; README.md has first examples in Python."
+        return "Next: cupyattn demo FILE serves your own text, cupyattn demo --serve requests that come and go."
     return "Next: README.md has first examples in Python; cupyattn explain shows what a call runs, and why."
 
 
@@ -431,13 +418,3 @@ def _pace(seconds: float, tokens_per_second: float) -> str:
     """Three digits: the rest is noise."""
     milliseconds = float(f"{seconds * 1e3:.3g}")
     return f"{milliseconds:,g} ms, {float(f'{tokens_per_second:.3g}'):,.0f} tokens/s"
-
-
-def _sampling_noise(xp: ModuleType, batch: int, steps: int, seed: int) -> Array:
-    """Gumbel noise (steps, batch, 256), float32: argmax(logits + noise) samples. Made on the host: the same everywhere.
-
-    Bytes that cannot be printed get -inf and are never sampled.
-    """
-    noise = np.random.default_rng(seed + 1).gumbel(size=(steps, batch, VOCABULARY)).astype(np.float32)
-    noise[..., [byte for byte in range(VOCABULARY) if byte not in PRINTABLE]] = -np.inf
-    return xp.asarray(noise)

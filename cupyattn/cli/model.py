@@ -20,6 +20,8 @@ Attend = Callable[[int, Array, Array, Array], Array]
 still to be rotated."""
 
 VOCABULARY = 256
+TEMPERATURE = 0.8
+PRINTABLE = range(32, 127)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,25 @@ class Decoder:
         """Next-byte scores (tokens, 256), float32, of hidden states (tokens, width)."""
         return self._linear(hidden, self.unembedding)
 
+    def sample(self, hidden: Array, noise: Array) -> Array:
+        """The next byte of each row of hidden, with noise (tokens, 256) of `sampling_noise`."""
+        return (self.logits(hidden) / TEMPERATURE + noise).argmax(axis=-1)
+
     def rotary_tables(self, positions: int) -> tuple[Array, Array]:
         """cos and sin (positions, head_dim / 2), float32: elements i and i + head_dim / 2 turn together."""
         pairs = self.config.head_dim // 2
         angles = np.arange(positions)[:, None] * self.config.rope_base ** (-np.arange(pairs) / pairs)
         return self.xp.asarray(np.cos(angles).astype(np.float32)), self.xp.asarray(np.sin(angles).astype(np.float32))
+
+
+def sampling_noise(xp: ModuleType, batch: int, steps: int, seed: int) -> Array:
+    """Gumbel noise (steps, batch, 256), float32: argmax(logits + noise) samples. Made on the host: the same everywhere.
+
+    Bytes that cannot be printed get -inf and are never sampled.
+    """
+    noise = np.random.default_rng(seed + 1).gumbel(size=(steps, batch, VOCABULARY)).astype(np.float32)
+    noise[..., [byte for byte in range(VOCABULARY) if byte not in PRINTABLE]] = -np.inf
+    return xp.asarray(noise)
 
 
 def _rms_norm(x: Array) -> Array:

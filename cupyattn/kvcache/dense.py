@@ -388,7 +388,7 @@ class KVCache:
         return _whole_blocks(kept if self.max_seqlen is None else min(kept, self.max_seqlen))
 
     def _new_storage(self, like: View, rows: int) -> _Storage:
-        """Memory of `rows` rows for each sequence, in like's library and on its device; only a ring's is initialised."""
+        """Memory of `rows` rows for each sequence, in like's library and on its device; a ring's is initialised."""
         kv_heads, *dims = self._heads
         dtype = self._dtype or like.dtype
         if self.packed:

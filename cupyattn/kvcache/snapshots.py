@@ -6,7 +6,7 @@ layout; float8 is stored as uint8, and the string `dtype` says what it is. First
 are swapped out. Beside them are
 
 - `sequences` int64 (s,), ids; `lengths` int64 (s,), tokens; `table` int32 (s, m), rows of `k` and `v`, then -1;
-- `ref_counts` int32 (rows,), sequences of the file that hold a block;
+- `swapped_out` int32 (s,), 1 for sequences that are; `ref_counts` int32 (rows,), sequences that hold a block;
 - `committed` int32 (c,), rows of blocks of known content, and for each of these `hashes` uint64 (c,), `contents` int64
   (c,), a number for each content, `parents` int64 (c,), that of the content before it or 0, and `tokens` int64
   (c, block_size).
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .paged import PagedKVCache, Sequences
 
 Path = str | os.PathLike
+_INDEX: dict[str, Any] = dict.fromkeys(("table", "swapped_out", "ref_counts", "committed"), np.int32)
+_INDEX |= dict.fromkeys(("sequences", "lengths", "contents", "parents", "tokens"), np.int64) | {"hashes": np.uint64}
 Part = tuple[Pair, np.ndarray]  # arrays (layers, blocks, …), and which of their blocks; -1 for none
 
 
@@ -89,6 +91,7 @@ def save(cache: PagedKVCache, path: Path, seqs: Sequences | None = None) -> None
         "parents": allocator.parents[known],
         "tokens": allocator.tokens[known],
         "table": table,
+        "swapped_out": np.array([slot in cache._away for slot in slots.tolist()], np.int32),
         "ref_counts": holders.astype(np.int32),
         "committed": committed.astype(np.int32),
     }
@@ -164,12 +167,13 @@ def _fill(cache: PagedKVCache, file: Reader, saved: _Saved, seqs: list[int], kep
     from .paged import _Held
 
     held = _Held(away)
-    for seq, length, row in zip(seqs, saved.lengths.tolist(), saved.table, strict=True):
+    numbers = saved.lengths.tolist(), saved.swapped_out.tolist()
+    for seq, length, gone, row in zip(seqs, *numbers, saved.table, strict=True):
         row = row[row != PADDING]
         slot = cache._new_slot(len(row))
         cache._lengths[slot] = length
         cache._slot_of[seq] = slot
-        if len(row) and row[0] >= saved.pool:
+        if gone:
             cache._away[slot] = held, row - saved.pool
         else:
             cache._table[slot, : len(row)] = block_of[row]
@@ -198,17 +202,17 @@ def save_dense(cache: KVCache, path: Path) -> None:
 def load_dense(kind: type[KVCache], path: Path, device: Any) -> KVCache:
     """`KVCache.load`."""
     with Reader(path, "dense") as file:
-        strings, lengths, shapes = file.strings, file.index["lengths"], [shape for _, shape in file.data.values()]
-        name, packed, rows = strings["dtype"], len(shapes) == 1, shapes[0][1]
+        strings, lengths = file.strings, file.index["lengths"]
+        (stored, first), (_, last) = (*file.data.values(),) * (2 // len(file.data))
+        name, rows = strings["dtype"], first[1]
+        window, most = json.loads(strings["window"]), json.loads(strings["max_seqlen"])
         like = prototype(name, device)
         if like.library == "cupy" and name.startswith("float8"):  # CuPy has no such dtype
             like = prototype("uint8", device)
         cache = object.__new__(kind)
-        heads = (shapes[0][-2], shapes[0][-1], shapes[-1][-1])
-        window, most = json.loads(strings["window"]), json.loads(strings["max_seqlen"])
+        heads, packed = (*first[-2:], last[-1]), len(file.data) == 1
         cache._begin(len(lengths), heads, strings["layout"], most, window and tuple(window), packed)
         cache._storage, cache._lengths = cache._new_storage(like, int(strings["rows"])), lengths
-        (stored, _), *_ = file.data.values()
         with device_of(like):
             for base, b, tokens in _dense_pieces(cache._storage.bases, stored.itemsize, rows):
                 words = bits(base)
@@ -243,6 +247,7 @@ class _Saved:
             self.used = self.pool - int(strings["evictable_rows"])
             self.sequences, self.lengths, self.table = (index[name] for name in ("sequences", "lengths", "table"))
             self.ref_counts, self.rows = index["ref_counts"], len(index["ref_counts"])
+            self.swapped_out = index["swapped_out"]
             known = [index[name] for name in ("committed", "hashes", "contents", "parents", "tokens")]
             self.committed, _, self.contents, self.parents, self.tokens = known
             whole = self._fits(file, sizes.values(), known)
@@ -254,32 +259,31 @@ class _Saved:
     def _fits(self, file: Reader, sizes: Iterable[int], known: list[np.ndarray]) -> bool:
         form, count = self.form, len(self.sequences)
         shape = (form.num_layers, self.rows, *form.block)
-        arrays = {"sequences": np.int64, "lengths": np.int64, "table": np.int32, "ref_counts": np.int32}
-        arrays |= {"committed": np.int32, "hashes": np.uint64, "contents": np.int64, "parents": np.int64}
-        arrays |= {"tokens": np.int64}
         blocks = -(-self.lengths // form.block_size)
         used = np.arange(self.table.shape[1]) < blocks[:, None]
-        away = self.table >= self.pool
+        away = used & (self.swapped_out != 0)[:, None]
         holders, _ = holders_and_fill(self.table, self.lengths, form.block_size, self.rows)
         first, contents = len(np.unique(self.sequences)), self.contents
         return (
             file.data == dict.fromkeys("kv", (form.stored, shape))
-            and {name: array.dtype for name, array in file.index.items()} == arrays
+            and {name: array.dtype for name, array in file.index.items()} == _INDEX
             and (self.lengths.shape, self.table.shape[0], first) == ((count,), count, count)
             and [len(array) for array in known] == [len(contents)] * 5
             and self.tokens.shape == (len(contents), form.block_size)
             and min(sizes) >= 1
+            and self.swapped_out.shape == (count,)
             and self.sequences.min(initial=0) >= 0
             and self.sequences.max(initial=-1) < self.next
             and self.lengths.min(initial=0) >= 0
             and blocks.max(initial=0) == self.table.shape[1]
             and bool(((self.table >= 0) == used).all())
-            and bool((away.any(axis=1) == (away | ~used).all(axis=1))[blocks > 0].all())
+            and np.array_equal(self.table >= self.pool, away)
             and np.array_equal(holders, self.ref_counts)
             and 0 <= self.used <= self.pool <= self.rows
             and bool((np.delete(self.ref_counts, np.s_[self.used : self.pool]) > 0).all())
             and not self.ref_counts[self.used : self.pool].any()
             and bool(((self.committed >= 0) & (self.committed < self.pool)).all())
+            and len(np.unique(self.committed)) == len(self.committed)
             and bool(((contents > self.parents) & (self.parents >= 0)).all())
             and bool((np.diff(contents) >= 0).all())
         )

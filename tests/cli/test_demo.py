@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from cupyattn import DecodePlan, apply_rotary, attention_varlen
 from cupyattn.cli import app, demo, device
 from cupyattn.cli.device import why_no_gpu
-from cupyattn.cli.model import Config, Decoder
+from cupyattn.cli.model import Config, Decoder, sampling_noise
 
 SMALL = ["--requests", "5", "--new-tokens", "6"]
 CPU = ["--device", "cpu"]
@@ -106,7 +106,7 @@ def test_serving_equals_the_model_without_a_cache():
     prompts = demo.cut_requests(demo.read_texts(None), 4, seed=3)
     config, dtype, steps = Config(), np.dtype(np.float32), 5
     model = Decoder(np, config, dtype, seed=3)
-    noise = demo._sampling_noise(np, len(prompts), steps, seed=3)
+    noise = sampling_noise(np, len(prompts), steps, seed=3)
     pool = demo.BlockPool(np, config, num_blocks=300, block_size=16, dtype=dtype)
     served = demo.serve(model, prompts, noise, pool, None, lambda: None)
     tables = model.rotary_tables(1000)
@@ -118,8 +118,8 @@ def test_serving_equals_the_model_without_a_cache():
             q, k = (apply_rotary(x, *tables, cu_seqlens=ends, interleaved=False) for x in (q, k))
             return attention_varlen(q, k, v, ends, ends, causal=True)
 
-        logits = model.logits(model.forward(tokens, attend))[len(prompt) - 1 :]
-        expected = (logits / demo.TEMPERATURE + noise[:, row]).argmax(axis=-1)
+        hidden = model.forward(tokens, attend)[len(prompt) - 1 :]
+        expected = model.sample(hidden, noise[:, row])
         assert (expected == served.tokens[row]).all()
 
 

@@ -314,6 +314,7 @@ def test_other_versions_and_other_kinds(backend, rng, tmp_path, monkeypatch):
         ("lengths", lambda x: x.__setitem__(0, -1)),
         ("sequences", lambda x: x.__setitem__(0, x[1])),
         ("sequences", lambda x: x.__setitem__(0, 99)),
+        ("swapped_out", lambda x: x.__setitem__(0, 1)),
         ("ref_counts", lambda x: x.__setitem__(0, 9)),
         ("committed", lambda x: x.__setitem__(0, 60)),
         ("parents", lambda x: x.__setitem__(0, 60)),
