@@ -264,7 +264,7 @@ def as_text(shown: Any) -> str:
     """What rich prints of an object, without colours."""
     from rich.console import Console
 
-    console = Console(file=StringIO(), width=100)
+    console = Console(file=StringIO(), width=100, force_jupyter=False)
     console.print(shown)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
