@@ -177,8 +177,6 @@ class BlockTable:
 
     def _update(self, rows: np.ndarray, blocks: np.ndarray, lengths: np.ndarray) -> None:
         """The same of what is known to fit: int32 (len(rows), any width), padded."""
-        self._lengths[rows] = lengths
-        self._sent_lengths = None
         width = blocks.shape[1]
         with self._transfer.current() as stream:
             if width > self.max_blocks:
@@ -186,15 +184,22 @@ class BlockTable:
                 grown[:, : self.max_blocks] = self._host
                 grown[rows, :width] = blocks
                 grown[rows, width:] = PADDING
-                self._host, self._array = grown, self._transfer.send(grown, stream)
+                self._array = self._transfer.send(grown, stream)
+                self._host = grown
+                self._note_lengths(rows, lengths)
                 return
             wanted = np.full((len(rows), self.max_blocks), PADDING, np.int32)
             wanted[:, :width] = blocks
             row, column = np.nonzero(self._host[rows] != wanted)
             values = wanted[row, column]
-            self._host[rows[row], column] = values
             index = (rows[row] * self.max_blocks + column).astype(np.int32)
             self._transfer.write(self._array, index, values, stream)
+            self._host[rows[row], column] = values  # only now: what failed is to be sent again
+            self._note_lengths(rows, lengths)
+
+    def _note_lengths(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        self._lengths[rows] = lengths
+        self._sent_lengths = None
 
     def validate(self, num_blocks: int, *, exclusive: bool = False) -> None:
         """Check that all blocks are among `num_blocks` and that no sequence has one twice.

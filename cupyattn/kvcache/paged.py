@@ -689,6 +689,8 @@ class PagedKVCache:
             refuse(name, f"shape {found.shape}", f"an int, or one for each of {len(slots)} sequences")
         if found.min(initial=0) < 0:
             refuse(name, int(found.min()), "at least 0")
+        if found.max(initial=0) > INT32_MAX:
+            refuse(name, int(found.max()), f"at most {INT32_MAX}")
         return np.broadcast_to(found.astype(np.int64), slots.shape)
 
     # ---------------------------------------------------------------------------------------------- making room
@@ -883,6 +885,8 @@ def _without_layers(name: str, found: View, layers: int) -> View:
 
 
 def _listed(seqs: Sequences) -> list[Any]:
+    if isinstance(seqs, Iterator):
+        refuse("seqs", "an iterator, which can be read but once", "an int, a list or an array", TypeError)
     if isinstance(seqs, np.ndarray):
         return np.atleast_1d(seqs).tolist()
     try:

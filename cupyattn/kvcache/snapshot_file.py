@@ -188,6 +188,8 @@ class Reader:
         try:
             tensors = json.loads(header)
             self.strings: dict[str, str] = tensors.pop("__metadata__")
+            if not all(isinstance(value, str) for value in self.strings.values()):
+                raise TypeError
             found = [self.strings[name] for name in ("format", "kind", "version", INDEX, DATA)]
             shapes = {name: (_DTYPES[x["dtype"]], tuple(x["shape"])) for name, x in tensors.items()}
             ends = [(x["data_offsets"][0], x["data_offsets"][1]) for x in tensors.values()]

@@ -83,6 +83,7 @@ def save(cache: PagedKVCache, path: Path, seqs: Sequences | None = None) -> None
     order = np.lexsort((~allocator.cached[blocks[committed]], allocator.contents[blocks[committed]]))
     committed = committed[order]
     known = blocks[committed]
+    fill[committed] = cache.block_size  # a known block is whole, however short the sequence that has it
     index = {
         "sequences": np.array([id_of[slot] for slot in slots.tolist()], np.int64),
         "lengths": lengths,

@@ -88,7 +88,7 @@ class HostStore(_Store):
     def gather(self, blocks: np.ndarray, start: int, stop: int, stream: int) -> Pair:
         """Tokens start to stop - 1 of the sequence in these blocks: two arrays (layers, tokens, heads, head_dim)."""
         block, row = np.divmod(np.arange(start, stop), self.form.block_size)
-        k, v = (self._rows(array)[:, blocks[block], row] for array in (self.k, self.v))
+        k, v = (np.ascontiguousarray(self._rows(array)[:, blocks[block], row]) for array in (self.k, self.v))
         return k, v
 
     def swap_out(self, blocks: np.ndarray, stream: int) -> Pair:
@@ -112,8 +112,9 @@ class DeviceStore(_Store):
 
         with on_device(device):
             data = cupy.zeros(form.shape(), form.stored)
+            cupy.cuda.get_current_stream().synchronize()  # whatever stream writes to it first
         super().__init__(form, data, DeviceTransfer(device))
-        self._moving: list[tuple[Any, Pair]] = []  # host memory that is still being read, and when it no longer is
+        self._moving: list[tuple[Any, Pair]] = []  # host memory that is in use, and until when
         self._in_cache = self._strides(self.k)
 
     def copy_blocks(self, source: np.ndarray, target: np.ndarray, stream: int) -> None:
@@ -145,12 +146,11 @@ class DeviceStore(_Store):
             listed = self.transfer.send(blocks.astype(np.int32), stream)
             target = self._side(held[0], held[1], self._strides(held[0]))
             self._copy(self._cache_side(self._pointer(listed)), target, 0, len(blocks) * form.block_size, stream)
-        return held[0], held[1]
+        pair = held[0], held[1]
+        self._hold(pair, stream)
+        return pair
 
     def swap_in(self, held: Pair, picks: np.ndarray, blocks: np.ndarray, stream: int) -> None:
-        import cupy
-
-        self._moving = [moving for moving in self._moving if not moving[0].done]
         if not len(picks):
             return
         lists = self.transfer.send(np.stack([picks, blocks]).astype(np.int32), stream)
@@ -158,6 +158,13 @@ class DeviceStore(_Store):
         self._copy(
             source, self._cache_side(self._pointer(lists, len(picks))), 0, len(picks) * self.form.block_size, stream
         )
+        self._hold(held, stream)
+
+    def _hold(self, held: Pair, stream: int) -> None:
+        """Keep host memory from its pool until the work on this stream that reads or writes it is done."""
+        import cupy
+
+        self._moving = [moving for moving in self._moving if not moving[0].done]
         done = cupy.cuda.Event(disable_timing=True)
         cupy.cuda.runtime.eventRecord(done.ptr, stream)
         self._moving.append((done, held))

@@ -707,3 +707,49 @@ def test_random_operations(backend):
     examples = 8 if backend.on_gpu else 130
     run_state_machine_as_test(Here, settings=settings(max_examples=examples, stateful_step_count=20, deadline=None))
     assert Here.done >= OPERATIONS[backend.name]
+
+
+@pytest.mark.backends("numpy")
+def test_numbers_that_no_sequence_can_have(backend):
+    cache = PagedKVCache(8, 4, 1, 8)
+    seq = cache.add()
+    cache.extend(seq, 6)
+    for number in (2**31, 2**63 - 1, 2**63):
+        with pytest.raises(ValueError, match="got .* expected at most"):
+            cache.truncate(seq, number)
+        with pytest.raises(ValueError, match="got .* expected at most"):
+            cache.extend(seq, number)
+    assert cache.length(seq) == 6
+
+
+@pytest.mark.backends("numpy")
+def test_iterators_are_refused(backend):
+    """They can be read but once."""
+    cache = PagedKVCache(8, 4, 1, 8)
+    seqs = [cache.add(), cache.add()]
+    for call in (cache.free, cache.block_table, cache.swap_out):
+        with pytest.raises(TypeError, match="seqs: got an iterator"):
+            call(seq for seq in seqs)
+    assert list(cache) == seqs
+
+
+def test_rows_of_several_layers_are_contiguous(backend):
+    cache = PagedKVCache(8, 4, 1, 8, num_layers=3, layout="HND", device=0 if backend.on_gpu else None)
+    seq = cache.add()
+    cache.extend(seq, 6)
+    assert all(rows.flags.c_contiguous for rows in cache[seq])
+
+
+@pytest.mark.backends("numpy")
+def test_a_table_that_could_not_be_sent_is_sent_again(backend, monkeypatch):
+    cache = PagedKVCache(8, 4, 1, 8)
+    seq = cache.add()
+    cache.extend(seq, 4)
+    table = cache.block_table([seq])
+    cache.extend(seq, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(table._transfer), "write", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        patch.setattr(type(table._transfer), "send", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(MemoryError):
+            cache.block_table([seq])
+    assert np.array_equal(cache.block_table([seq]).array[:, :2], cache.tables[:1, :2])

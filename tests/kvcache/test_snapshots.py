@@ -233,6 +233,22 @@ def test_after_many_random_calls(backend, rng, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the format
 
 
+@pytest.mark.parametrize("fork", [False, True])
+def test_known_blocks_are_saved_whole(backend, rng, tmp_path, fork):
+    """Also those that the only sequence in the file sees the beginning of."""
+    cache = make(backend)
+    seq = cache.add()
+    append(backend, rng, cache, [seq], 8)
+    cache.commit(seq, range(8))
+    whole = [backend.get(x).copy() for x in cache[seq]]
+    short = cache.fork(seq) if fork else seq
+    cache.truncate(short, 5)
+    cache.save(tmp_path / "cache", [short])
+    loaded = PagedKVCache.load(tmp_path / "cache", device=cache.device)
+    found = loaded[loaded.add([*range(8), 9])]
+    assert all(np.array_equal(backend.get(x), y) for x, y in zip(found, whole, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_safetensors_reads_it(backend, rng, tmp_path, dtype):
     safetensors = pytest.importorskip("safetensors")
