@@ -60,11 +60,17 @@ class InferenceParams:
         if self.lengths_per_sample is not None:
             self.lengths_per_sample[...] = 0
 
-    def advance(self, tokens: int = 1) -> None:
-        """Count the tokens that every layer has appended in this step."""
-        self.seqlen_offset += tokens
+    def advance(self, tokens: int = 1, batch_size: int | None = None) -> None:
+        """Count the tokens that every layer has appended in this step.
+
+        batch_size: sequences of this batch, behind batch_size_offset; all from there on if None. seqlen_offset counts for
+            every sequence: it moves on with the last of them, so that micro-batches of a step begin at the same place.
+        """
+        end = self.max_batch_size if batch_size is None else self.batch_size_offset + batch_size
+        if end >= self.max_batch_size:
+            self.seqlen_offset += tokens
         if self.lengths_per_sample is not None:
-            self.lengths_per_sample[self.batch_size_offset :] += tokens
+            self.lengths_per_sample[self.batch_size_offset : end] += tokens
 
     def update(self, k: Array, v: Array, layer_idx: Any, **options: Any) -> tuple[Array, Array]:
         """Append k and v, (batch, seqlen_new, kv_heads, head_dim), to a layer's cache in place, in one launch.

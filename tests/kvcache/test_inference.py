@@ -98,6 +98,15 @@ def test_advance_counts_the_batch_alone(backend):
     assert backend.get(lengths).tolist() == [1, 3, 4] and params.seqlen_offset == 1
 
 
+def test_micro_batches_of_a_step_are_counted_each_for_itself(backend):
+    params = InferenceParams(16, 4, lengths_per_sample=backend.put(np.zeros(4, np.int32)))
+    for params.batch_size_offset in (0, 2):
+        assert params.seqlen_offset == 0
+        params.advance(3, batch_size=2)
+    assert params.seqlen_offset == 3
+    assert backend.get(params.lengths_per_sample).tolist() == [3, 3, 3, 3]
+
+
 def test_reset(backend):
     lengths = backend.put(np.array([4, 5], np.int32))
     params = InferenceParams(8, 2, 7, key_value_memory_dict={0: "kept"}, lengths_per_sample=lengths)
