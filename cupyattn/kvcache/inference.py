@@ -63,8 +63,8 @@ class InferenceParams:
     def advance(self, tokens: int = 1, batch_size: int | None = None) -> None:
         """Count the tokens that every layer has appended in this step.
 
-        batch_size: sequences of this batch, behind batch_size_offset; all from there on if None. seqlen_offset counts for
-            every sequence: it moves on with the last of them, so that micro-batches of a step begin at the same place.
+        batch_size: sequences of this batch, behind batch_size_offset; all from there on if None. seqlen_offset counts
+            for every sequence: it moves with the last of them, so that micro-batches of a step begin at the same place.
         """
         end = self.max_batch_size if batch_size is None else self.batch_size_offset + batch_size
         if end >= self.max_batch_size:
