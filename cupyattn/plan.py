@@ -240,9 +240,8 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # come first, and 16 pairs are enough to even out the load; without one, a pair at a time keeps its keys in the L2
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
-# Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together; of whole sequences, whose heads lie side
-# by side in memory. On an H200, with 128 dimensions and 16 heads, 64 pairs have 1.04 times the speed of 32 at 512 and
-# of 49 at 1k; with 256 dimensions at 512, where the keys of 132 pairs are 69 MB, those have 0.87 of the speed of 32.
+# Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together, where long tiles and short ones find them;
+# of whole sequences, whose heads lie side by side in memory. `cupyattn bench prefill --tiles` compares others.
 HOPPER_SECTION = (8, 64)  # at least, at most
 HOPPER_SECTION_BYTES = 32 << 20
 FULL_SECTION = 1

@@ -180,7 +180,8 @@ __device__ __forceinline__ void load_queries(const TensorMaps& maps, const Tile&
     }
 }
 
-// One tile of keys or of values. A block id outside the cache marks the work as bad, and its keys are zero.
+// One tile of keys or of values, row by row, by all lanes. A block id outside the cache marks the work as bad, and its
+// keys are zero.
 template <bool VALUES>
 __device__ __forceinline__ void gather_keys(const ForwardParams& p, Work& work, int n, u32 shared, u32 barrier) {
     constexpr int CHUNKS = 2 * (VALUES ? ceil_div(HEAD_DIM_V, 16) : D_STEPS); // of a row, up to what products read
@@ -208,6 +209,7 @@ __device__ __forceinline__ void gather_keys(const ForwardParams& p, Work& work, 
     arrive_copied(barrier);
 }
 
+// The same by the copy engine, a lane for each box.
 template <int BLOCKS>
 __device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMap& map, Work& work, int n, u32 shared, u32 barrier) {
     const int lane = threadIdx.x % WARP_SIZE;

@@ -1,6 +1,6 @@
 """Tensor maps: what Hopper's copy engine must know of an array. Encoded by the driver, 128 bytes each.
 
-Source: CUDA driver API, cuTensorMapEncodeTiled. Encoding one takes 2 to 3 microseconds, so launchers keep theirs.
+Source: CUDA driver API, cuTensorMapEncodeTiled. That costs a call into the driver for each, so launchers keep theirs.
 """
 
 from __future__ import annotations
