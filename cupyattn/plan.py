@@ -101,11 +101,11 @@ class HopperTile:
     def warps(self) -> int:
         return 4 * (self.consumers + 1)
 
-    def registers(self, paged: bool, gather: bool) -> tuple[int, int]:
+    def registers(self, indexed: bool, gather: bool) -> tuple[int, int]:
         """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
         if self.consumers == 3:
             return 32, 160
-        return (88, 208) if gather else (72, 216) if paged else (40, 232)
+        return (72, 216) if gather else (56, 224) if indexed else (40, 232)
 
     def out_blocks(self, head_dim_v: int) -> int:
         """The output's columns in shared memory in blocks, of which those of a row are a multiple."""
@@ -303,8 +303,8 @@ def plan(
         group = group if group <= PRODUCT_ROWS else 1
         reasons = [
             why,
-            f"{tile.consumers} warpgroups compute {PRODUCT_ROWS} rows each, one warp loads keys up to {tile.stages} "
-            f"tiles of {tile.keys} ahead and others store results",
+            f"{tile.consumers} warpgroups compute {PRODUCT_ROWS} rows each, and warps of another load keys up to "
+            f"{tile.stages} tiles of {tile.keys} ahead",
         ]
         shared = tile.shared_bytes(problem.head_dim, problem.head_dim_v)
     else:
@@ -901,7 +901,7 @@ def _defines(problem: Problem, kernel: str, tile: Tile | HopperTile, group: int,
         # Rows behind the last key are zeros where the array ends there, else whatever memory holds.
         ragged = problem.cache.kind != "dense" or problem.seqused_k or problem.leftpad
         box = _box_rows(problem, tile.keys)
-        producer, consumer = tile.registers(problem.cache.kind == "paged", not box)
+        producer, consumer = tile.registers(problem.packed_q or problem.cache.kind == "paged", not box)
         return (
             *common,
             ("HEAD_DIM_V", problem.head_dim_v),

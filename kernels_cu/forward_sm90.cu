@@ -1,16 +1,16 @@
 // Attention forward for Hopper: FlashAttention-3 (arXiv:2407.08608), with the copy engine, wgmma and warps of two trades.
 //
 // A block stays on its multiprocessor and takes tiles of TILE_M query rows of one head (or of a packed group of heads)
-// from a common counter. One warp loads: it finds the tile, and its rows of Q and tiles of TILE_N keys and values
-// arrive through rings of buffers. CONSUMERS warpgroups compute, 64 rows each, from the last tile of keys to the first,
-// and for each of them a warp stores its results:
+// from a common counter. Some warps load: one of them finds the tile, and its rows of Q and tiles of TILE_N keys and
+// values arrive through rings of buffers. CONSUMERS warpgroups compute, 64 rows each, from the last tile of keys to the
+// first:
 //
 //     S' = Q K^T                   wgmma, under way together with
 //     O  = O + P V                 that of the tile before, whose P lies in registers
 //     mask S'; m, l = running row maximum and sum;  O = O * correction;  P = 2^(S' - m)
 //
 // So it goes on from one query tile to the next: the first product of the next one is under way together with the last
-// of this one, whose rows then leave (join). The softmax of one warpgroup runs while the products of another do: they
+// of this one, whose rows then leave (start). The softmax of one warpgroup runs while the products of another do: they
 // take turns at issuing them (wait_turn, pass_turn), so that the tensor cores always have work.
 //
 // The running maximum is raised only when some row's new one exceeds it by 2^RESCALE_BITS: until then P is at
@@ -24,7 +24,7 @@
 //     V  [STAGES][V_BLOCKS][TILE_N]
 //     O  [CONSUMERS][OUT_BLOCKS][64 rows]    the columns leave so many blocks at a time
 //
-// Keys in blocks of few rows (GATHER) are no boxes for the copy engine: the loading warp's lanes copy their chunks.
+// Keys in blocks of few rows (GATHER) are no boxes for the copy engine: four warps copy their chunks.
 //
 // Static shared memory: the barriers and what is known of the present tile and the next (Work).
 //
@@ -46,7 +46,7 @@
 constexpr int WARPGROUP = 128;
 constexpr int WARPGROUP_WARPS = WARPGROUP / WARP_SIZE;
 constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-constexpr int SERVANTS = CONSUMERS; // the last warpgroup: its first warp loads, the others store
+constexpr int SERVANTS = CONSUMERS; // the last warpgroup, of which some warps load
 constexpr int PRODUCT_ROWS = 64;    // of a warpgroup's product
 constexpr int ROWS = TILE_M / CONSUMERS; // of them in use: whole groups of heads
 
@@ -64,10 +64,20 @@ constexpr u32 KEY_BLOCK_BYTES = TILE_N * BLOCK_ROW_BYTES;
 constexpr u32 K_BYTES = D_BLOCKS * KEY_BLOCK_BYTES; // of one stage
 constexpr u32 V_BYTES = V_BLOCKS * KEY_BLOCK_BYTES;
 constexpr int BOXES = TILE_N / BOX_ROWS;
+
+// The warps that load: one keys and one values, because a warp takes long to ask for many boxes, or four of them both.
+constexpr int LOADERS = GATHER ? WARPGROUP_WARPS : 2;
+
+// How they gather a tile: so many lanes copy the chunks of a row, and each lane looks up where one row lies.
+constexpr int K_CHUNKS = 2 * D_STEPS, V_CHUNKS = 2 * ceil_div(HEAD_DIM_V, 16); // of 16 bytes of a row, up to what products read
+constexpr int ROW_LANES = (K_CHUNKS | V_CHUNKS) % 16 == 0 ? 16 : (K_CHUNKS | V_CHUNKS) % 8 == 0 ? 8 : (K_CHUNKS | V_CHUNKS) % 4 == 0 ? 4 : 2;
+constexpr int WARP_ROWS = WARP_SIZE / ROW_LANES; // that a warp copies at once
+constexpr int PASS_ROWS = LOADERS * WARP_ROWS;   // that all of them do
 constexpr float RESCALE_BITS = 8.0f;
 
 // Whether a warpgroup that sees no more than half of a tile's keys leaves the others out. Shaping takes much code already.
 constexpr bool HALVES = MASK && !SOFTCAP && !ALIBI && TILE_N % 32 == 0;
+constexpr bool NARROW_START = HALVES && HEAD_DIM <= 64; // of keys too, where their exponentials take as long as products
 
 constexpr int WORKS = QUERY_STAGES + 3; // the next, those that Q is there for, one that Q has left, and one whose rows leave
 
@@ -79,6 +89,7 @@ static_assert(V_BLOCKS % OUT_BLOCKS == 0, "the columns leave in equal parts");
 static_assert(ROWS <= PRODUCT_ROWS && ROWS % GROUP == 0 && ROWS * CONSUMERS == TILE_M, "whole groups of heads in a product");
 static_assert(TILE_N % 16 == 0 && TILE_N % BOX_ROWS == 0 && BOXES <= WARP_SIZE, "a tile of keys is whole boxes");
 static_assert(CACHE_KIND != CACHE_PAGED || GATHER || BLOCK_SIZE % BOX_ROWS == 0, "a box lies within a block");
+static_assert(!GATHER || TILE_N <= LOADERS * WARP_SIZE, "a lane for each row that is looked up");
 
 struct TensorMaps {
     TensorMap q, k, v, out;
@@ -91,9 +102,7 @@ struct Work {
     KeyTiles tiles;
     int kv_head;
     int split;
-    // For each warpgroup: the end of the tiles of keys that its rows see, and whether they see but half of the last.
-    int seen_end[CONSUMERS];
-    bool half[CONSUMERS];
+    int seen[CONSUMERS]; // by each warpgroup's rows: twice the end of the tiles of keys, and 1 if it is but half of the last
 };
 
 // Barriers and tiles in shared memory, by their addresses there.
@@ -103,43 +112,30 @@ struct Shared {
         : q(base), k(base + QUERY_STAGES * CONSUMERS * Q_BYTES), v(k + STAGES * K_BYTES), out(v + STAGES * V_BYTES) {}
 };
 
-// Whose rows a warpgroup has left for the warp that stores them: sequence -1 if no more will come. A copy, because work
-// gives way to other work before it has stored them.
-struct Outgoing {
-    Tile tile[CONSUMERS];
-};
-
 struct Barriers {
     u64 q_full[QUERY_STAGES][CONSUMERS], q_empty[QUERY_STAGES][CONSUMERS]; // a warpgroup's rows come as it is done with others
     u64 k_full[STAGES], k_empty[STAGES];
     u64 v_full[STAGES], v_empty[STAGES];
 };
 
-// The barriers of the block: 0 is __syncthreads', then each warpgroup has one for its turn, one of its own, and two that
-// it shares with the warp that stores its rows.
+// The barriers of the block by number: 0 is __syncthreads', then each warpgroup has one for its turn and one of its own;
+// the last is the loaders'.
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) { sync_threads(1 + CONSUMERS + warpgroup, WARPGROUP); }
-__device__ __forceinline__ void wait_out_full(int warpgroup) { sync_threads(1 + 2 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
-__device__ __forceinline__ void signal_out_full(int warpgroup) { signal_threads(1 + 2 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
-__device__ __forceinline__ void wait_out_free(int warpgroup) { sync_threads(1 + 3 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
-__device__ __forceinline__ void signal_out_free(int warpgroup) { signal_threads(1 + 3 * CONSUMERS + warpgroup, WARPGROUP + WARP_SIZE); }
+__device__ __forceinline__ void sync_loaders() { sync_threads(1 + 2 * CONSUMERS, LOADERS * WARP_SIZE); }
 
 // ------------------------------------------------------------------------------------------------------- loading
 
 __device__ __forceinline__ bool has_rows(const Tile& tile, int warpgroup) { return tile.first_row + warpgroup * ROWS < tile.seqlen_q * GROUP; }
 
-// What the rows of one warpgroup see of the tile's keys: it lets the tiles behind pass.
-__device__ __forceinline__ void find_seen(const ForwardParams& p, Work& work, int warpgroup) {
+// Work::seen of a warpgroup: it lets the tiles behind pass.
+__device__ __forceinline__ int find_seen(const ForwardParams& p, const Work& work, int warpgroup) {
     const KeyTiles& tiles = work.tiles;
-    int end = tiles.begin;
-    work.half[warpgroup] = false;
-    if (tiles.end > tiles.begin && has_rows(work.tile, warpgroup)) {
-        const int last_row = min(work.tile.first_row + (warpgroup + 1) * ROWS, work.tile.seqlen_q * GROUP) - 1;
-        const int key_end = visible_keys(p, last_row / GROUP, work.rows.length - work.tile.seqlen_q, work.rows.length).end;
-        // No more pass than a ring holds beside the values that are still to be multiplied, for which nothing would be loaded.
-        end = MASK ? clamp(ceil_div(key_end, TILE_N), max(tiles.begin + 1, tiles.end - (STAGES - 1)), tiles.end) : tiles.end;
-        work.half[warpgroup] = HALVES && key_end <= (end - 1) * TILE_N + TILE_N / 2;
-    }
-    work.seen_end[warpgroup] = end;
+    if (tiles.end <= tiles.begin || !has_rows(work.tile, warpgroup)) return 2 * tiles.begin;
+    const int last_row = min(work.tile.first_row + (warpgroup + 1) * ROWS, work.tile.seqlen_q * GROUP) - 1;
+    const int key_end = visible_keys(p, last_row / GROUP, work.rows.length - work.tile.seqlen_q, work.rows.length).end;
+    // No more pass than a ring holds beside the values that are still to be multiplied, for which nothing would be loaded.
+    const int end = MASK ? clamp(ceil_div(key_end, TILE_N), max(tiles.begin + 1, tiles.end - (STAGES - 1)), tiles.end) : tiles.end;
+    return 2 * end + (HALVES && key_end <= (end - 1) * TILE_N + TILE_N / 2);
 }
 
 __device__ __forceinline__ Work find_work(const ForwardParams& p, u32 index) {
@@ -180,53 +176,78 @@ __device__ __forceinline__ void load_queries(const TensorMaps& maps, const Tile&
     }
 }
 
-// One tile of keys or of values, row by row, by all lanes. A block id outside the cache marks the work as bad, and its
-// keys are zero.
-template <bool VALUES>
-__device__ __forceinline__ void gather_keys(const ForwardParams& p, Work& work, int n, u32 shared, u32 barrier) {
-    constexpr int CHUNKS = 2 * (VALUES ? ceil_div(HEAD_DIM_V, 16) : D_STEPS); // of a row, up to what products read
-    constexpr int DIM = VALUES ? HEAD_DIM_V : HEAD_DIM;
-    const int lane = threadIdx.x % WARP_SIZE;
-    const Keys keys = place_keys(p, work.tile.sequence, work.rows, work.kv_head);
-    for (int first = 0; first < TILE_N; first += WARP_SIZE) {
-        const int row = n * TILE_N + first + lane;
-        i64 offset = -1; // of the row that this lane looks up
-        if (row < work.rows.length) {
-            bool valid = true;
-            offset = key_offset(p, keys, VALUES ? p.v_strides : p.k_strides, row, valid);
-            if (!valid) offset = -1;
-            if (!valid && row >= work.tiles.needed) work.rows.bad = true;
-        }
-#pragma unroll 2
-        for (int index = lane; index < min(WARP_SIZE, TILE_N - first) * CHUNKS; index += WARP_SIZE) {
-            const int within = index / CHUNKS, chunk = index % CHUNKS;
-            const i64 from = __shfl_sync(~0u, offset, within);
-            const u32 to = shared + chunk / 8 * KEY_BLOCK_BYTES + swizzled(first + within, chunk % 8);
-            copy_async<16>(to, (VALUES ? keys.v : keys.k) + (from < 0 ? 0 : from + chunk * 8), from < 0 || chunk * 8 >= DIM ? 0 : 16);
+// The key that a lane looks up for a tile: the first of its box, or its row.
+__device__ __forceinline__ int lookup_key(int n) {
+    const int warp = threadIdx.x / WARP_SIZE % WARPGROUP_WARPS, lane = threadIdx.x % WARP_SIZE;
+    return n * TILE_N + (GATHER ? lane / WARP_ROWS * PASS_ROWS + warp * WARP_ROWS + lane % WARP_ROWS : lane * BOX_ROWS);
+}
+__device__ __forceinline__ bool looks_up(int n) { return lookup_key(n) < (n + 1) * TILE_N; }
+
+// The block of the cache that holds that key, which is asked for long before it is needed.
+__device__ __forceinline__ int look_up(const ForwardParams& p, const Work& work, int n) {
+    const int key = lookup_key(n);
+    if (CACHE_KIND != CACHE_PAGED || !looks_up(n) || key >= work.rows.length) return work.rows.entry;
+    return __ldg(p.block_table + static_cast<i64>(work.tile.sequence) * p.table_stride + (key + work.rows.first) / BLOCK_SIZE);
+}
+
+// Whether that block is one of the cache's; if not, and some query needs its keys, the work is marked as bad.
+__device__ __forceinline__ bool is_there(const ForwardParams& p, Work& work, int n, int entry) {
+    const int key = lookup_key(n);
+    if (!looks_up(n) || key >= work.rows.length) return false;
+    if (static_cast<u32>(entry) < static_cast<u32>(p.cache_entries)) return true;
+    if (min(key + (GATHER ? 1 : BOX_ROWS), work.rows.length) > work.tiles.needed) {
+        work.rows.bad = true;
+        __threadfence_block(); // who waits for the tile sees the mark
+    }
+    return false;
+}
+
+// The rows of a tile that a warp copies, of which each lane knows where one lies: bytes behind `from`, or -1 for one that
+// is not there, whose elements are zero. ALL: all are there.
+template <bool ALL, int CHUNKS, int DIM>
+__device__ __forceinline__ void copy_rows(const u8* from, i64 offset, u32 shared) {
+    constexpr int PASSES = ceil_div(TILE_N, PASS_ROWS);
+    const int warp = threadIdx.x / WARP_SIZE % WARPGROUP_WARPS, lane = threadIdx.x % WARP_SIZE;
+    const int first_row = warp * WARP_ROWS + lane / ROW_LANES, first_chunk = lane % ROW_LANES; // that this lane copies
+    from += first_chunk * 16;
+#pragma unroll (ALL ? 4 : 1)
+    for (int pass = 0; pass < PASSES; ++pass) {
+        const int row = pass * PASS_ROWS + first_row;
+        const i64 at = __shfl_sync(~0u, offset, pass * WARP_ROWS + lane / ROW_LANES);
+        if (TILE_N % PASS_ROWS != 0 && row >= TILE_N) continue;
+#pragma unroll
+        for (int past = 0; past < CHUNKS; past += ROW_LANES) {
+            const int chunk = first_chunk + past;
+            const u32 to = shared + chunk / 8 * KEY_BLOCK_BYTES + swizzled(row, chunk % 8);
+            if constexpr (ALL && CHUNKS * 8 == DIM) copy_async_16(to, from + at + past * 16);
+            else copy_async<16>(to, from + (at < 0 ? 0 : at + past * 16), at < 0 || chunk * 8 >= DIM ? 0 : 16);
         }
     }
-    __threadfence_block(); // who waits for the tile sees the mark
+}
+
+// One tile of keys or of values, row by row.
+template <bool VALUES>
+__device__ __forceinline__ void gather_keys(const ForwardParams& p, Work& work, int n, int entry, u32 shared, u32 barrier) {
+    constexpr int CHUNKS = VALUES ? V_CHUNKS : K_CHUNKS, DIM = VALUES ? HEAD_DIM_V : HEAD_DIM;
+    const Strides& strides = VALUES ? p.v_strides : p.k_strides;
+    const auto* from = reinterpret_cast<const u8*>((VALUES ? p.v : p.k) + work.kv_head * strides.head);
+    i64 offset = looks_up(n) ? -1 : 0;
+    if (is_there(p, work, n, entry)) offset = (entry * strides.outer + (lookup_key(n) + work.rows.first) % BLOCK_SIZE * strides.row) * static_cast<i64>(sizeof(KvElement));
+    if (__all_sync(~0u, offset >= 0)) copy_rows<true, CHUNKS, DIM>(from, offset, shared);
+    else copy_rows<false, CHUNKS, DIM>(from, offset, shared);
     arrive_copied(barrier);
 }
 
 // The same by the copy engine, a lane for each box.
 template <int BLOCKS>
-__device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMap& map, Work& work, int n, u32 shared, u32 barrier) {
+__device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMap& map, Work& work, int n, int entry, u32 shared, u32 barrier) {
     const int lane = threadIdx.x % WARP_SIZE;
-    const int first = n * TILE_N + lane * BOX_ROWS;
-    int row = work.rows.first + first, entry = work.rows.entry;
-    if (CACHE_KIND == CACHE_PAGED && lane < BOXES) {
-        row = first % BLOCK_SIZE;
-        entry = p.cache_entries; // outside, which gives zeros
-        if (first < work.rows.length) {
-            entry = __ldg(p.block_table + static_cast<i64>(work.tile.sequence) * p.table_stride + first / BLOCK_SIZE);
-            if (static_cast<u32>(entry) >= static_cast<u32>(p.cache_entries)) {
-                entry = p.cache_entries;
-                if (min(first + BOX_ROWS, work.rows.length) > work.tiles.needed) work.rows.bad = true;
-            }
-        }
+    int row = work.rows.first + lookup_key(n);
+    if (CACHE_KIND == CACHE_PAGED) {
+        row = lookup_key(n) % BLOCK_SIZE;
+        if (!is_there(p, work, n, entry)) entry = p.cache_entries; // outside, which gives zeros
     }
-    __syncwarp(); // who waits for the tile sees the mark
+    __syncwarp(); // work may be marked as bad
     if (lane == 0) arrive_expecting(barrier, BLOCKS * KEY_BLOCK_BYTES);
     __syncwarp();
     if (lane >= BOXES) return;
@@ -236,9 +257,12 @@ __device__ __forceinline__ void load_keys(const ForwardParams& p, const TensorMa
     }
 }
 
-// What the loading warp does, with all its lanes: everything in the order in which it is needed.
+// What the loading warps do, with all their lanes: everything in the order in which it is needed. The first of them
+// finds the work and loads the queries.
 __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps& maps, const Shared& shared, Barriers& barriers, Work (&works)[WORKS]) {
     const int lane = threadIdx.x % WARP_SIZE;
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP_SIZE % WARPGROUP_WARPS, 0);
+    const bool leads = warp == 0, loads_keys = GATHER || leads, loads_values = GATHER || !leads;
     const u32 q_full = shared_address(barriers.q_full), q_empty = shared_address(barriers.q_empty);
     const u32 k_full = shared_address(barriers.k_full), k_empty = shared_address(barriers.k_empty);
     const u32 v_full = shared_address(barriers.v_full), v_empty = shared_address(barriers.v_empty);
@@ -255,86 +279,71 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         }
         q_place.advance();
     };
-    const auto load_key_tile = [&](int slot, int n) {
+    const auto load_key_tile = [&](int slot, int n, int entry) {
+        if (!loads_keys) return;
         wait_barrier(k_empty + k_place.stage() * BARRIER_BYTES, k_place.parity() ^ 1);
         const u32 to = shared.k + k_place.stage() * K_BYTES, full = k_full + k_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<false>(p, works[slot], n, to, full);
-        else load_keys<D_BLOCKS>(p, maps.k, works[slot], n, to, full);
+        if constexpr (GATHER) gather_keys<false>(p, works[slot], n, entry, to, full);
+        else load_keys<D_BLOCKS>(p, maps.k, works[slot], n, entry, to, full);
         k_place.advance();
     };
-    const auto load_value_tile = [&](int slot, int n) {
+    const auto load_value_tile = [&](int slot, int n, int entry) {
+        if (!loads_values) return;
         wait_barrier(v_empty + v_place.stage() * BARRIER_BYTES, v_place.parity() ^ 1);
         const u32 to = shared.v + v_place.stage() * V_BYTES, full = v_full + v_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<true>(p, works[slot], n, to, full);
-        else load_keys<V_BLOCKS>(p, maps.v, works[slot], n, to, full);
+        if constexpr (GATHER) gather_keys<true>(p, works[slot], n, entry, to, full);
+        else load_keys<V_BLOCKS>(p, maps.v, works[slot], n, entry, to, full);
         v_place.advance();
     };
     // Work is kept in shared memory by its loader too, for whom few registers are left.
     const auto note_work = [&](int slot, u32 index) {
-        const Work found = find_work(p, index);
-        if (lane == 0) works[slot] = found;
-        __syncwarp();
-        if (lane < CONSUMERS && found.tile.sequence >= 0) find_seen(p, works[slot], lane);
-        __syncwarp();
+        if (leads) {
+            const Work found = find_work(p, index);
+            if (lane == 0) works[slot] = found;
+            __syncwarp();
+            const int seen = lane < CONSUMERS && found.tile.sequence >= 0 ? find_seen(p, works[slot], lane) : 0;
+            for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+                const int by_it = __shfl_sync(~0u, seen, warpgroup);
+                if (lane == 0) works[slot].seen[warpgroup] = by_it; // the lane that then tells them of the work
+            }
+            __syncwarp();
+        }
+        sync_loaders();
+    };
+    const auto look_up_first = [&](int slot) {
+        const Work& work = works[slot];
+        return work.tile.sequence >= 0 && work.tiles.end > work.tiles.begin ? look_up(p, work, work.tiles.end - 1) : 0;
     };
     note_work(0, blockIdx.x);
-    int before = -1; // the slot of the tile before, if its last values are still to be loaded
+    int first = look_up_first(0); // where the first tile of keys lies of the work to come,
+    int entry = 0;                // and the tile whose values are to be loaded next
+    int before = -1;              // the slot of the work before, if its last values are still to be loaded
     for (int slot = 0;;) {
         const bool any = works[slot].tile.sequence >= 0;
         u32 index = 0;
-        if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
-        load_query_tile(slot, any);
+        if (leads) {
+            if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
+            load_query_tile(slot, any);
+        }
         const int begin = works[slot].tiles.begin;
         int n = works[slot].tiles.end - 1;
         const bool keys = any && n >= begin;
-        if (keys) load_key_tile(slot, n);
-        if (before >= 0) load_value_tile(before, works[before].tiles.begin);
+        if (keys) load_key_tile(slot, n, first);
+        if (before >= 0) load_value_tile(before, works[before].tiles.begin, entry);
         if (!any) return;
+        entry = first;
+        int ahead = n > begin ? look_up(p, works[slot], n - 1) : 0;
         const int next = slot == WORKS - 1 ? 0 : slot + 1;
         note_work(next, __shfl_sync(~0u, index, 0));
+        first = look_up_first(next);
         for (; n > begin; --n) {
-            load_key_tile(slot, n - 1);
-            load_value_tile(slot, n);
+            load_key_tile(slot, n - 1, ahead);
+            load_value_tile(slot, n, entry);
+            entry = ahead;
+            if (n > begin + 1) ahead = look_up(p, works[slot], n - 2);
         }
         before = keys ? slot : -1;
         slot = next;
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------- storing
-
-// Of a warpgroup's rows those that are the sequence's.
-__device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
-    constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
-    for (int index = threadIdx.x % WARP_SIZE; index < ROWS * CHUNKS; index += WARP_SIZE) {
-        const int row = index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
-        const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);
-        if (at.exists && column < HEAD_DIM_V) {
-            const uint4 value = load_shared(shared + chunk / 8 * Q_BLOCK_BYTES + swizzled(row, chunk % 8));
-            *reinterpret_cast<uint4*>(p.out + query_offset(p.o_strides, tile, at) + column) = value;
-        }
-    }
-}
-
-// What the warp does that stores the rows of one warpgroup.
-__device__ __forceinline__ void store(const ForwardParams& p, const TensorMaps& maps, int warpgroup, u32 shared, const Outgoing& outgoing) {
-    const bool first_lane = threadIdx.x % WARP_SIZE == 0;
-    signal_out_free(warpgroup);
-    for (int first_block = 0;; first_block = first_block + OUT_BLOCKS == V_BLOCKS ? 0 : first_block + OUT_BLOCKS) {
-        wait_out_full(warpgroup);
-        const Tile tile = outgoing.tile[warpgroup];
-        if (tile.sequence < 0) return;
-        if (PACKED_Q && tile.first_row + (warpgroup + 1) * ROWS > tile.seqlen_q * GROUP) {
-            store_some_rows(p, tile, warpgroup, first_block, shared);
-        } else if (first_lane) {
-            for (int block = 0; block < OUT_BLOCKS; ++block) {
-                store_query_box(maps.out, shared + block * Q_BLOCK_BYTES, (first_block + block) * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
-            }
-            commit_stores();
-            wait_stores();
-        }
-        __syncwarp();
-        signal_out_free(warpgroup);
     }
 }
 
@@ -420,10 +429,10 @@ __device__ __forceinline__ float row_sum(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// Turns scores into weights and counts them. Where some exceeds the running maximum by more than 2^room, that is raised:
-// `correction` is what the output must be multiplied by, and the result is true.
+// Raises the running maximum where some score exceeds it by more than 2^room: `correction` is what sums and output must
+// be multiplied by, and the result is true.
 template <int COUNT>
-__device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)[COUNT], float unit, float room, float (&correction)[2]) {
+__device__ __forceinline__ bool raise_maximum(Statistics& rows, const float (&scores)[COUNT], float unit, float room, float (&correction)[2]) {
     float raised[2];
     bool rescale = false;
 #pragma unroll
@@ -444,9 +453,18 @@ __device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)
             rows.sum[h] *= correction[h];
         }
     }
+    return rescale;
+}
+
+// From scaled scores. A row that has seen no key has nothing but -infinity.
+__device__ __forceinline__ float subtracted(float maximum, float unit) { return maximum == -infinity() ? 0.0f : maximum * unit; }
+
+// Turns scores into weights, in place, and counts them.
+template <int COUNT>
+__device__ __forceinline__ void weigh(Statistics& rows, float (&scores)[COUNT], float unit) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float offset = rows.maximum[h] == -infinity() ? 0.0f : rows.maximum[h] * unit;
+        const float offset = subtracted(rows.maximum[h], unit);
         float sum = 0.0f;
 #pragma unroll
         for (int i = 2 * h; i < COUNT; i += 4) {
@@ -456,19 +474,16 @@ __device__ __forceinline__ bool online_softmax(Statistics& rows, float (&scores)
         }
         rows.sum[h] += sum;
     }
-    return rescale;
 }
 
-// The same for the maximum that is known already; false, and nothing is done, if some score exceeds it by too much, or
-// there is none yet.
+// The same, the scores kept; false if some exceeds the maximum by too much, or there is none yet.
 template <int COUNT>
-__device__ __forceinline__ bool guess_softmax(Statistics& rows, const float (&scores)[COUNT], float unit, u32 (&weights)[COUNT / 2]) {
+__device__ __forceinline__ bool guess_weights(const Statistics& rows, const float (&scores)[COUNT], float unit, u32 (&weights)[COUNT / 2], float (&sum)[2]) {
     const float most = exp2f(RESCALE_BITS);
-    float sum[2];
     bool good = true;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float offset = rows.maximum[h] * unit; // -infinity makes infinite weights, or NaN
+        const float offset = subtracted(rows.maximum[h], unit);
         sum[h] = 0.0f;
 #pragma unroll
         for (int i = 2 * h; i < COUNT; i += 4) {
@@ -476,14 +491,9 @@ __device__ __forceinline__ bool guess_softmax(Statistics& rows, const float (&sc
             sum[h] += first + second;
             weights[i / 2] = pack(first, second);
         }
-        good &= sum[h] < most;
+        good &= sum[h] < most && rows.maximum[h] > -infinity();
     }
-    good = __all_sync(~0u, good);
-    if (good) {
-        rows.sum[0] += sum[0];
-        rows.sum[1] += sum[1];
-    }
-    return good;
+    return __all_sync(~0u, good);
 }
 
 __device__ __forceinline__ void rescale_out(State& state, const float (&correction)[2]) {
@@ -551,15 +561,37 @@ __device__ __forceinline__ void leave_in_shared(const State& state, const float 
         }
 }
 
-// Hands the rows to the warp that stores them, some blocks of columns at a time.
-__device__ __forceinline__ void hand_over(const State& state, const float (&scale)[2], const Tile& tile, int warpgroup, u32 shared, Outgoing& outgoing) {
+// Of a warpgroup's rows those that are the sequence's.
+__device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
+    constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
+    for (int index = threadIdx.x % WARPGROUP; index < ROWS * CHUNKS; index += WARPGROUP) {
+        const int row = index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
+        const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);
+        if (at.exists && column < HEAD_DIM_V) {
+            const uint4 value = load_shared(shared + chunk / 8 * Q_BLOCK_BYTES + swizzled(row, chunk % 8));
+            *reinterpret_cast<uint4*>(p.out + query_offset(p.o_strides, tile, at) + column) = value;
+        }
+    }
+}
+
+// Stores a warpgroup's rows, some blocks of columns at a time.
+__device__ __forceinline__ void store_rows(const ForwardParams& p, const TensorMaps& maps, const State& state, const float (&scale)[2], const Tile& tile, int warpgroup, u32 shared) {
+    const int thread = threadIdx.x % WARPGROUP;
 #pragma unroll
     for (int first_block = 0; first_block < V_BLOCKS; first_block += OUT_BLOCKS) {
-        wait_out_free(warpgroup);
+        if (thread == 0) wait_stores(); // of what was there before
+        sync_warpgroup(warpgroup);
         leave_in_shared(state, scale, first_block, shared);
-        if (threadIdx.x % WARPGROUP == 0) outgoing.tile[warpgroup] = tile;
         fence_async_proxy();
-        signal_out_full(warpgroup);
+        sync_warpgroup(warpgroup);
+        if (PACKED_Q && tile.first_row + (warpgroup + 1) * ROWS > tile.seqlen_q * GROUP) {
+            store_some_rows(p, tile, warpgroup, first_block, shared);
+        } else if (thread == 0) {
+            for (int block = 0; block < OUT_BLOCKS; ++block) {
+                store_query_box(maps.out, shared + block * Q_BLOCK_BYTES, (first_block + block) * BLOCK_COLUMNS, first_token(tile, warpgroup), tile.head, PACKED_Q ? 0 : tile.sequence);
+            }
+            commit_stores();
+        }
     }
 }
 
@@ -573,7 +605,7 @@ __device__ __forceinline__ void store_split_row(const State& state, int h, float
 }
 
 // Divides by the sums, writes lse, and sends the rows on their way.
-__device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& work, const State& state, float unit, int warpgroup, u32 shared, Outgoing& outgoing) {
+__device__ __forceinline__ void finish_rows(const ForwardParams& p, const TensorMaps& maps, const Work& work, const State& state, float unit, int warpgroup, u32 shared) {
     Tile tile = work.tile;
     if (KV_SPLITS) tile.sequence += work.split * p.batch; // where this part of the keys leaves its result
     float scale[2];
@@ -586,11 +618,11 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Work& 
         if (p.lse != nullptr && exists && threadIdx.x % 4 == 0) p.lse[lse_offset(p, tile, at)] = result.lse;
         if (KV_SPLITS && exists) store_split_row(state, h, result.scale, reinterpret_cast<float*>(p.out) + query_offset(p.o_strides, tile, at));
     }
-    if constexpr (!KV_SPLITS) hand_over(state, scale, tile, warpgroup, shared, outgoing);
+    if constexpr (!KV_SPLITS) store_rows(p, maps, state, scale, tile, warpgroup, shared);
 }
 
 // What a computing warpgroup does.
-__device__ __forceinline__ void consume(const ForwardParams& p, const Shared& shared, Barriers& barriers, Outgoing& outgoing, const Work (&works)[WORKS]) {
+__device__ __forceinline__ void consume(const ForwardParams& p, const TensorMaps& maps, const Shared& shared, Barriers& barriers, const Work (&works)[WORKS]) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     const bool speaks = threadIdx.x % WARP_SIZE == 0; // for its warp
     const u32 k_full = shared_address(barriers.k_full), k_empty = shared_address(barriers.k_empty);
@@ -604,13 +636,16 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     const auto queries = [&] { return shared.q + query_place() * Q_BYTES; };
     const auto keys = [&] { return shared.k + k_place.stage() * K_BYTES; };
     const auto values = [&] { return shared.v + v_place.stage() * V_BYTES; };
-    const auto wait_keys = [&] {
-        wait_barrier(k_full + k_place.stage() * BARRIER_BYTES, k_place.parity());
-        if (GATHER) fence_async_proxy(); // lanes have copied, wgmma reads
-    };
-    const auto wait_values = [&] {
-        wait_barrier(v_full + v_place.stage() * BARRIER_BYTES, v_place.parity());
-        if (GATHER) fence_async_proxy();
+    const auto wait_keys = [&] { wait_barrier(k_full + k_place.stage() * BARRIER_BYTES, k_place.parity()); };
+    const auto wait_values = [&] { wait_barrier(v_full + v_place.stage() * BARRIER_BYTES, v_place.parity()); };
+    // What lanes have copied and wgmma reads needs a fence, which would wait for products that are under way: then both
+    // operands are waited for before any, else values not before the products of keys are.
+    const auto wait_operands = [&](bool any_values) {
+        wait_keys();
+        if constexpr (GATHER) {
+            if (any_values) wait_values();
+            fence_async_proxy();
+        }
     };
     const auto release_queries = [&] {
         if (speaks) arrive(shared_address(barriers.q_empty) + query_place() * BARRIER_BYTES);
@@ -630,36 +665,17 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
     bool open = false;    // rows of a tile are still to leave,
     bool pending = false; // and values to be multiplied before:
     bool half = false;    // half a tile of them
-    constexpr int HALF = HALVES ? TILE_N / 2 : TILE_N;
     int place = 0; // of its work
 
-    const auto finish = [&] { finish_rows(p, works[place], state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES, outgoing); };
-
-    // The first `count` keys of tile n, a query tile's first.
-    const auto start = [&](const Work& next, int n, auto count) {
+    // The first `count` keys of tile n, a query tile's first, together with the values of the query tile before. Where
+    // none are pending, what lies there is multiplied all the same, and the product forgotten.
+    const auto start = [&](const Work& next, int n, Statistics& rows, u32 (&weights)[TILE_N / 4], auto count) {
         float scores[count.value / 2];
-        wait_keys();
+        wait_operands(pending);
         begin_products();
         multiply_keys(scores, queries(), keys());
         commit_products();
-        wait_products<0>();
-        pin(scores);
-        release_keys();
-        if (n == next.tiles.begin) release_queries();
-        shape_scores<true>(p, next, warpgroup, n, scores);
-        online_softmax(state.rows, scores, unit, RESCALE_BITS, correction);
-        pack_weights(state.weights, scores);
-    };
-
-    // The same together with the values of the query tile before, whose rows then leave.
-    const auto join = [&](const Work& next, int n, auto count) {
-        float scores[count.value / 2];
-        Statistics rows;
-        wait_keys();
-        begin_products();
-        multiply_keys(scores, queries(), keys());
-        commit_products();
-        wait_values();
+        if (!GATHER && pending) wait_values();
         multiply_values(state, values(), half);
         commit_products();
         wait_products<1>();
@@ -667,26 +683,24 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         release_keys();
         if (n == next.tiles.begin) release_queries();
         shape_scores<true>(p, next, warpgroup, n, scores);
-        online_softmax(rows, scores, unit, RESCALE_BITS, correction);
+        raise_maximum(rows, scores, unit, RESCALE_BITS, correction);
+        weigh(rows, scores, unit);
         wait_behind(scores, p);
         pin(state.out);
         pin(state.weights);
-        release_values();
-        finish();
-        state = State();
-        state.rows = rows;
-        pack_weights(state.weights, scores);
+        if (pending) release_values();
+        pack_weights(weights, scores);
     };
 
     // The products of tile n, then those of the values of tile n + 1; its softmax.
     const auto step = [&](int n, bool last, auto masked) {
         float scores[TILE_N / 2];
-        wait_keys();
+        wait_operands(true);
         wait_turn(warpgroup);
         begin_products();
         multiply_keys(scores, queries(), keys());
         commit_products();
-        wait_values();
+        if (!GATHER) wait_values();
         multiply_values(state, values(), half);
         commit_products();
         half = false;
@@ -696,13 +710,17 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         release_keys();
         if (last) release_queries();
         shape_scores<masked.value>(p, works[place], warpgroup, n, scores);
+        bool rescale = false;
         if constexpr (GUESSES) {
             u32 weights[TILE_N / 4];
-            bool rescale = false;
-            if (!guess_softmax(state.rows, scores, unit, weights)) {
-                rescale = online_softmax(state.rows, scores, unit, 0.0f, correction); // or the next guess would fail too
-                pack_weights(weights, scores);
+            float sum[2];
+            bool again = false; // no more than once: rows of NaN, and those that see no key, are never good
+            while (!guess_weights(state.rows, scores, unit, weights, sum) && !again) {
+                rescale = raise_maximum(state.rows, scores, unit, 0.0f, correction); // without room, or the next tile's guess would fail too
+                again = true;
             }
+            state.rows.sum[0] += sum[0];
+            state.rows.sum[1] += sum[1];
             wait_behind(weights, p);
             pin(state.out);
             if (rescale) rescale_out(state, correction);
@@ -711,7 +729,8 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
 #pragma unroll
             for (int i = 0; i < TILE_N / 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(state.weights[i]) : "r"(weights[i]));
         } else {
-            const bool rescale = online_softmax(state.rows, scores, unit, RESCALE_BITS, correction);
+            rescale = raise_maximum(state.rows, scores, unit, RESCALE_BITS, correction);
+            weigh(state.rows, scores, unit);
             wait_behind(scores, p);
             pin(state.out);
             if (rescale) rescale_out(state, correction);
@@ -726,8 +745,8 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
         const Work& next = works[slot];
         const bool more = next.tile.sequence >= 0;
         const int begin = next.tiles.begin, end = next.tiles.end;
-        const int seen = more ? next.seen_end[warpgroup] : begin;
-        const bool narrow = HALVES && more && next.half[warpgroup];
+        const int seen = more ? next.seen[warpgroup] / 2 : begin;
+        const bool narrow = HALVES && more && next.seen[warpgroup] % 2 == 1;
         const auto skip_keys = [&](bool turn) {
             wait_keys();
             release_keys();
@@ -740,40 +759,47 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
             wait_values();
             release_values();
         };
-        if (pending && seen > begin) {
+        Statistics rows;
+        u32 weights[TILE_N / 4] = {};
+        if (seen > begin) {
+#pragma unroll 1
             for (int n = end; n > seen; --n) skip_keys(true);
-            if (HALVES && narrow) join(next, seen - 1, Constant<HALF>());
-            else join(next, seen - 1, Constant<TILE_N>());
-        } else {
-            if (pending) {
-                wait_values();
-                begin_products();
-                multiply_values(state, values(), half);
-                commit_products();
-                wait_products<0>();
-                pin(state.out);
-                release_values();
-            }
-            if (open) finish();
-            state = State();
-            if (!more) break;
-            if (seen > begin) {
-                for (int n = end; n > seen; --n) skip_keys(true);
-                if (HALVES && narrow) start(next, seen - 1, Constant<HALF>());
-                else start(next, seen - 1, Constant<TILE_N>());
-            } else {
-                release_queries();
-                for (int n = end; n > begin; --n) {
-                    skip_keys(n > begin + 1);
-                    skip_values();
-                }
-            }
+            if (NARROW_START && narrow) start(next, seen - 1, rows, weights, Constant<NARROW_START ? TILE_N / 2 : TILE_N>());
+            else start(next, seen - 1, rows, weights, Constant<TILE_N>());
+        } else if (pending) {
+            wait_values();
+            if (GATHER) fence_async_proxy();
+            begin_products();
+            multiply_values(state, values(), half);
+            commit_products();
+            wait_products<0>();
+            pin(state.out);
+            release_values();
         }
+        if (!pending) {
+#pragma unroll
+            for (int i = 0; i < OUT_DIM / 2; ++i) state.out[i] = 0.0f;
+        }
+        if (open) finish_rows(p, maps, works[place], state, unit, warpgroup, shared.out + warpgroup * OUT_BYTES);
+        if (!more) break;
+        state = State();
+        state.rows = rows;
+#pragma unroll
+        for (int i = 0; i < TILE_N / 4; ++i) state.weights[i] = weights[i];
         place = slot;
         open = has_rows(next.tile, warpgroup);
         pending = seen > begin;
         half = narrow;
-        if (!pending) continue;
+        if (!pending) {
+            release_queries();
+#pragma unroll 1
+            for (int n = end; n > begin; --n) {
+                skip_keys(n > begin + 1);
+                skip_values();
+            }
+            continue;
+        }
+#pragma unroll 1
         for (int n = end; n > seen; --n) skip_values();
         if constexpr (RAGGED_KEYS) {
             const int behind = next.rows.length - (seen - 1) * TILE_N;
@@ -782,27 +808,26 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Shared& sh
                 clear_values(values(), behind, warpgroup);
             }
         }
+        const int whole_begin = LEFT ? max(begin, next.tiles.whole_begin) : begin, whole_end = next.tiles.whole_end;
         int n = seen - 2;
         if constexpr (MASK) {
-            for (const int first = max(begin, min(next.tiles.whole_end, end)); n >= first; --n) step(n, n == begin, Constant<true>());
+#pragma unroll 1
+            for (const int first = max(begin, whole_end); n >= first; --n) step(n, n == begin, Constant<true>());
         }
-        for (const int first = LEFT ? max(begin, next.tiles.whole_begin) : begin; n >= first; --n) step(n, n == begin, Constant<false>());
+#pragma unroll 1
+        for (; n >= whole_begin; --n) step(n, n == begin, Constant<false>());
         if constexpr (LEFT) {
+#pragma unroll 1
             for (; n >= begin; --n) step(n, n == begin, Constant<true>());
         }
     }
-    if constexpr (!KV_SPLITS) {
-        wait_out_free(warpgroup);
-        if (threadIdx.x % WARPGROUP == 0) outgoing.tile[warpgroup].sequence = -1;
-        signal_out_full(warpgroup);
-    }
+    if (threadIdx.x % WARPGROUP == 0) wait_stores();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __grid_constant__ ForwardParams p, const __grid_constant__ TensorMaps maps) {
     extern __shared__ __align__(1024) uint4 shared_memory[];
     __shared__ Barriers barriers;
     __shared__ Work works[WORKS];
-    __shared__ Outgoing outgoing;
     const Shared shared(round_up(shared_address(shared_memory), SWIZZLE_BYTES));
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
     if (threadIdx.x == 0) {
@@ -811,8 +836,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
             init_barrier(shared_address(barriers.q_empty[0] + place), WARPGROUP_WARPS);
         }
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(shared_address(barriers.k_full + stage), GATHER ? WARP_SIZE : 1);
-            init_barrier(shared_address(barriers.v_full + stage), GATHER ? WARP_SIZE : 1);
+            init_barrier(shared_address(barriers.k_full + stage), GATHER ? LOADERS * WARP_SIZE : 1);
+            init_barrier(shared_address(barriers.v_full + stage), GATHER ? LOADERS * WARP_SIZE : 1);
             init_barrier(shared_address(barriers.k_empty + stage), CONSUMERS * WARPGROUP_WARPS);
             init_barrier(shared_address(barriers.v_empty + stage), CONSUMERS * WARPGROUP_WARPS);
         }
@@ -823,15 +848,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
     if (warpgroup == SERVANTS) {
         shrink_registers<PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(~0u, threadIdx.x / WARP_SIZE % WARPGROUP_WARPS, 0);
-        if (warp == 0) {
-            produce(p, maps, shared, barriers, works);
-            // The last block to get here leaves the counters as it found them.
-            if (threadIdx.x % WARP_SIZE == 0 && atomicInc(maps.counters + 1, gridDim.x - 1) == gridDim.x - 1) maps.counters[0] = 0;
-        } else if (warp <= CONSUMERS && !KV_SPLITS) {
-            store(p, maps, warp - 1, shared.out + (warp - 1) * OUT_BYTES, outgoing);
-        }
+        if (warp < LOADERS) produce(p, maps, shared, barriers, works);
+        // The last block to get here leaves the counters as it found them.
+        if (threadIdx.x % WARPGROUP == 0 && atomicInc(maps.counters + 1, gridDim.x - 1) == gridDim.x - 1) maps.counters[0] = 0;
     } else {
         grow_registers<CONSUMER_REGISTERS>();
-        consume(p, shared, barriers, outgoing, works);
+        consume(p, maps, shared, barriers, works);
     }
 }
