@@ -200,16 +200,18 @@ PRODUCT_ROWS = 64  # of one warpgroup's product on Hopper
 BLOCK_COLUMNS = 64  # of a tile's rows, which lie side by side
 SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
 SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
-# Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, and with one.
+# Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, or with few
+# keys, and for more keys with one.
 # Block tables leave a warp that loads too few registers beside three warpgroups that compute.
 HOPPER_PAGED_TILE = HopperTile(2, 128, 3, 2, 64)  # up to 64 dimensions
 HOPPER_TILES = (
-    (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 128, 3, 2, 64)),
+    (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 96, 4, 2, 64)),
     (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
     (128, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
     (192, HopperTile(2, 96, 2, 1, 64), HopperTile(2, 96, 2, 1, 64)),
     (256, HopperTile(2, 64, 2, 1, 128), HopperTile(2, 64, 2, 1, 128)),
 )
+HOPPER_SHORT = 512
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
 INLINE_CAPACITIES = (64, 256, 928)  # indices of an append that fit the 4 KB of a kernel's argument
@@ -294,7 +296,7 @@ def plan(
         splits = _most_splits(problem)
         if tile is None:
             wider = max(problem.head_dim, problem.head_dim_v)
-            tile = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)[masked]
+            tile = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)[masked and problem.seqlen_k > HOPPER_SHORT]
             if problem.cache.kind == "paged" and tile.consumers == 3:
                 tile = HOPPER_PAGED_TILE
             if problem.softcap or problem.alibi:

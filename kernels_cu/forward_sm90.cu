@@ -70,7 +70,7 @@ constexpr int LOADERS = GATHER ? WARPGROUP_WARPS : 2;
 
 // How they gather a tile: so many lanes copy the chunks of a row, and each lane looks up where one row lies.
 constexpr int K_CHUNKS = 2 * D_STEPS, V_CHUNKS = 2 * ceil_div(HEAD_DIM_V, 16); // of 16 bytes of a row, up to what products read
-constexpr int ROW_LANES = (K_CHUNKS | V_CHUNKS) % 16 == 0 ? 16 : (K_CHUNKS | V_CHUNKS) % 8 == 0 ? 8 : (K_CHUNKS | V_CHUNKS) % 4 == 0 ? 4 : 2;
+constexpr int ROW_LANES = (K_CHUNKS | V_CHUNKS) % 8 == 0 ? 8 : (K_CHUNKS | V_CHUNKS) % 4 == 0 ? 4 : 2;
 constexpr int WARP_ROWS = WARP_SIZE / ROW_LANES; // that a warp copies at once
 constexpr int PASS_ROWS = LOADERS * WARP_ROWS;   // that all of them do
 constexpr float RESCALE_BITS = 8.0f;
@@ -90,6 +90,7 @@ static_assert(ROWS <= PRODUCT_ROWS && ROWS % GROUP == 0 && ROWS * CONSUMERS == T
 static_assert(TILE_N % 16 == 0 && TILE_N % BOX_ROWS == 0 && BOXES <= WARP_SIZE, "a tile of keys is whole boxes");
 static_assert(CACHE_KIND != CACHE_PAGED || GATHER || BLOCK_SIZE % BOX_ROWS == 0, "a box lies within a block");
 static_assert(!GATHER || TILE_N <= LOADERS * WARP_SIZE, "a lane for each row that is looked up");
+static_assert(!GATHER || PASS_ROWS % 8 == 0, "a lane's rows are swizzled alike");
 
 struct TensorMaps {
     TensorMap q, k, v, out;
@@ -212,13 +213,12 @@ __device__ __forceinline__ void copy_rows(const u8* from, i64 offset, u32 shared
     from += first_chunk * 16;
 #pragma unroll (ALL ? 4 : 1)
     for (int pass = 0; pass < PASSES; ++pass) {
-        const int row = pass * PASS_ROWS + first_row;
         const i64 at = __shfl_sync(~0u, offset, pass * WARP_ROWS + lane / ROW_LANES);
-        if (TILE_N % PASS_ROWS != 0 && row >= TILE_N) continue;
+        if (TILE_N % PASS_ROWS != 0 && pass * PASS_ROWS + first_row >= TILE_N) continue;
 #pragma unroll
         for (int past = 0; past < CHUNKS; past += ROW_LANES) {
             const int chunk = first_chunk + past;
-            const u32 to = shared + chunk / 8 * KEY_BLOCK_BYTES + swizzled(row, chunk % 8);
+            const u32 to = shared + chunk / 8 * KEY_BLOCK_BYTES + swizzled(first_row, chunk % 8) + pass * PASS_ROWS * BLOCK_ROW_BYTES;
             if constexpr (ALL && CHUNKS * 8 == DIM) copy_async_16(to, from + at + past * 16);
             else copy_async<16>(to, from + (at < 0 ? 0 : at + past * 16), at < 0 || chunk * 8 >= DIM ? 0 : 16);
         }
@@ -269,6 +269,7 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
     Place<QUERY_STAGES> q_place;
     Place<STAGES> k_place, v_place;
     const auto load_query_tile = [&](int slot, bool any) {
+#pragma unroll 1
         for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
             const int place = q_place.stage() * CONSUMERS + warpgroup;
             const u32 full = q_full + place * BARRIER_BYTES;
@@ -310,40 +311,35 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         }
         sync_loaders();
     };
-    const auto look_up_first = [&](int slot) {
-        const Work& work = works[slot];
-        return work.tile.sequence >= 0 && work.tiles.end > work.tiles.begin ? look_up(p, work, work.tiles.end - 1) : 0;
-    };
-    note_work(0, blockIdx.x);
-    int first = look_up_first(0); // where the first tile of keys lies of the work to come,
-    int entry = 0;                // and the tile whose values are to be loaded next
-    int before = -1;              // the slot of the work before, if its last values are still to be loaded
-    for (int slot = 0;;) {
-        const bool any = works[slot].tile.sequence >= 0;
-        u32 index = 0;
-        if (leads) {
-            if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
-            load_query_tile(slot, any);
+    int slot = -1, next = 0; // of the present work, of which there is none yet, and of the next
+    u32 index = blockIdx.x;  // of that
+    int n = 0, entry = 0;    // the tile of keys to load, and where it lies
+    int before = -1, values_n = 0, values_entry = 0; // the same of the values to load: those of the keys before, if any
+    for (;;) {
+        const bool begins = slot < 0 || n == works[slot].tiles.end - 1;
+        if (slot >= 0) {
+            const Work& work = works[slot];
+            const bool any = work.tile.sequence >= 0, keys = any && n >= work.tiles.begin;
+            if (begins && leads) {
+                if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
+                load_query_tile(slot, any);
+            }
+            if (keys) load_key_tile(slot, n, entry);
+            if (before >= 0) load_value_tile(before, values_n, values_entry);
+            if (!any) return;
+            before = keys ? slot : -1;
+            values_n = n;
+            values_entry = entry;
         }
-        const int begin = works[slot].tiles.begin;
-        int n = works[slot].tiles.end - 1;
-        const bool keys = any && n >= begin;
-        if (keys) load_key_tile(slot, n, first);
-        if (before >= 0) load_value_tile(before, works[before].tiles.begin, entry);
-        if (!any) return;
-        entry = first;
-        int ahead = n > begin ? look_up(p, works[slot], n - 1) : 0;
-        const int next = slot == WORKS - 1 ? 0 : slot + 1;
-        note_work(next, __shfl_sync(~0u, index, 0));
-        first = look_up_first(next);
-        for (; n > begin; --n) {
-            load_key_tile(slot, n - 1, ahead);
-            load_value_tile(slot, n, entry);
-            entry = ahead;
-            if (n > begin + 1) ahead = look_up(p, works[slot], n - 2);
+        if (begins) note_work(next, __shfl_sync(~0u, index, 0)); // early, as it takes long
+        if (slot >= 0 && n > works[slot].tiles.begin) {
+            --n;
+        } else {
+            slot = next;
+            next = next == WORKS - 1 ? 0 : next + 1;
+            n = works[slot].tiles.end - 1;
         }
-        before = keys ? slot : -1;
-        slot = next;
+        if (works[slot].tile.sequence >= 0 && n >= works[slot].tiles.begin) entry = look_up(p, works[slot], n);
     }
 }
 
@@ -532,6 +528,7 @@ __device__ __forceinline__ void pass_turn(int warpgroup) {
 // The rows of a tile of values behind the last key hold whatever memory does: 0 * NaN would reach the output.
 __device__ __forceinline__ void clear_values(u32 v, int first_row, int warpgroup) {
     constexpr int CHUNKS = V_BLOCKS * 8;
+#pragma unroll 1
     for (int index = threadIdx.x % WARPGROUP; index < (TILE_N - first_row) * CHUNKS; index += WARPGROUP) {
         const int row = first_row + index / CHUNKS, chunk = index % CHUNKS;
         store_shared(v + chunk / 8 * KEY_BLOCK_BYTES + row * BLOCK_ROW_BYTES + chunk % 8 * 16, make_uint4(0, 0, 0, 0));
@@ -564,6 +561,7 @@ __device__ __forceinline__ void leave_in_shared(const State& state, const float 
 // Of a warpgroup's rows those that are the sequence's.
 __device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
     constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
+#pragma unroll 1
     for (int index = threadIdx.x % WARPGROUP; index < ROWS * CHUNKS; index += WARPGROUP) {
         const int row = index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
         const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);
