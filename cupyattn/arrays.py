@@ -419,10 +419,15 @@ def current_stream(like: View) -> int:
     if device < 0:
         return 0
     if like.library == "torch":
-        torch = sys.modules["torch"]
-        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way is far slower
-        return raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream
+        return torch_stream(device)
     return _cupy().cuda.get_current_stream(device).ptr
+
+
+def torch_stream(device: int) -> int:
+    """PyTorch's current stream on this device."""
+    torch = sys.modules["torch"]
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way is far slower
+    return raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 def other_stream(like: View, views: Iterable[View]) -> int | None:

@@ -296,7 +296,8 @@ def plan(
         splits = _most_splits(problem)
         if tile is None:
             wider = max(problem.head_dim, problem.head_dim_v)
-            tile = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)[masked and problem.seqlen_k > HOPPER_SHORT]
+            pair = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)
+            tile = pair[masked and problem.seqlen_k > HOPPER_SHORT]
             if problem.cache.kind == "paged" and tile.consumers == 3:
                 tile = HOPPER_PAGED_TILE
             if problem.softcap or problem.alibi:

@@ -314,7 +314,8 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
     int slot = -1, next = 0; // of the present work, of which there is none yet, and of the next
     u32 index = blockIdx.x;  // of that
     int n = 0, entry = 0;    // the tile of keys to load, and where it lies
-    int before = -1, values_n = 0, values_entry = 0; // the same of the values to load: those of the keys before, if any
+    int ahead = 0, first = 0; // where the next of the same work lies, and the first of the next
+    int before = -1, values_n = 0, values_entry = 0; // the values to load: those of the keys before, if any
     for (;;) {
         const bool begins = slot < 0 || n == works[slot].tiles.end - 1;
         if (slot >= 0) {
@@ -331,15 +332,21 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
             values_n = n;
             values_entry = entry;
         }
-        if (begins) note_work(next, __shfl_sync(~0u, index, 0)); // early, as it takes long
+        if (begins) { // the next work is found early, as it takes long
+            note_work(next, __shfl_sync(~0u, index, 0));
+            const Work& work = works[next];
+            if (work.tile.sequence >= 0 && work.tiles.end > work.tiles.begin) first = look_up(p, work, work.tiles.end - 1);
+        }
         if (slot >= 0 && n > works[slot].tiles.begin) {
             --n;
+            entry = ahead;
         } else {
             slot = next;
             next = next == WORKS - 1 ? 0 : next + 1;
             n = works[slot].tiles.end - 1;
+            entry = first;
         }
-        if (works[slot].tile.sequence >= 0 && n >= works[slot].tiles.begin) entry = look_up(p, works[slot], n);
+        if (works[slot].tile.sequence >= 0 && n > works[slot].tiles.begin) ahead = look_up(p, works[slot], n - 1);
     }
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import doctest
 import gc
+import sys
 import time
 import types
 import weakref
@@ -501,6 +502,85 @@ def test_strides_that_nothing_steps_by_do_not_matter(driver):
     assert plan._planned.quick((same_q, *caches, *[None] * 12), -1, at_address(0x900000, q.shape)) is not None
     sliced = at_address(0x800000, (4, 2, 8, 64))[:, :1]
     assert plan._planned.quick((sliced, *caches, *[None] * 12), -1, at_address(0x900000, q.shape)) is None
+
+
+class Tensor:
+    """A PyTorch tensor as far as a plan looks at it."""
+
+    def __init__(self, like):
+        self.pointer, self.shape, self.dtype = like.data.ptr, like.shape, like.dtype
+        self.strides = tuple(step // like.dtype.itemsize for step in like.strides)
+        self.is_cuda, self.requires_grad, self.negative, self.device = True, False, False, 0
+
+    def data_ptr(self):
+        return self.pointer
+
+    def stride(self):
+        return self.strides
+
+    def get_device(self):
+        return self.device
+
+    def is_neg(self):
+        return self.negative
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """A stand-in for PyTorch, whose stream is 77."""
+    made = types.ModuleType("torch")
+    made.Tensor, made.is_grad_enabled = Tensor, lambda: True
+    made.float16, made.float32, made.int32 = map(np.dtype, ("float16", "float32", "int32"))
+    made.device = lambda kind, index: (kind, index)
+    made.empty = lambda shape, dtype, device: Tensor(at_address(0xE0000000, shape, dtype))
+    made._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
+    monkeypatch.setitem(sys.modules, "torch", made)
+    return made
+
+
+def quick(plan, arrays, out=None):
+    return plan._planned.quick((*arrays, *[None] * (15 - len(arrays))), -1, out)
+
+
+def test_tensors_are_launched_as_arrays_are(driver, torch):
+    q, *caches = (at_address(at, shape) for at, shape in ((0x100000, (4, 1, 8, 64)), *[(0x200000, (4, 80, 2, 64))] * 2))
+    plan = DecodePlan(q, *caches, return_lse=True)
+    out, lse = quick(plan, (q, *caches))
+    assert type(out) is type(q)
+    out, lse = quick(plan, [Tensor(x) for x in (q, *caches)])
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 8, 1), np.float32)
+    mine, theirs = driver.launches[-2:]
+    assert mine[2] == theirs[2]
+    assert theirs[1] == 77
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (4, 1, 4, 64)},
+        {"strides": (512, 512, 1, 8)},
+        {"dtype": np.dtype("float32")},
+        {"device": 1},
+        {"is_cuda": False},
+        {"requires_grad": True},
+        {"negative": True},
+    ],
+)
+def test_a_tensor_that_changed_in_place_goes_the_long_way(driver, torch, change):
+    q, *caches = (at_address(at, shape) for at, shape in ((0x100000, (4, 1, 8, 64)), *[(0x200000, (4, 80, 2, 64))] * 2))
+    plan = DecodePlan(q, *caches)
+    tensors = [Tensor(x) for x in (q, *caches)]
+    assert quick(plan, tensors) is not None
+    launched = len(driver.launches)
+    vars(tensors[0]).update(change)
+    assert quick(plan, tensors) is None
+    tensors[0] = Tensor(q)
+    out = Tensor(at_address(0x900000, q.shape))
+    assert quick(plan, tensors, out) is out
+    vars(out).update(change)
+    assert quick(plan, tensors, out) is None
+    assert quick(plan, (*tensors[:2], caches[1])) is None
+    assert len(driver.launches) == launched + 1
 
 
 def test_what_came_between_is_not_left_in_the_argument(driver):

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 from weakref import ref
 
 import numpy as np
 
-from ..arrays import View, contiguous_strides, numpy_dtype
+from ..arrays import View, contiguous_strides, numpy_dtype, torch_stream
 from .launches import Launch, launches
 from .operands import Operands
 from .tensor_map import MAP_BYTES
@@ -88,14 +90,16 @@ class Planned:
         self._enqueue(argument, stream)
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
-        """Launch for CuPy arrays (in the order of the roles) that are in every way as the example was, on its stream.
+        """Launch for CuPy arrays or PyTorch tensors that are in every way as the example was, on the stream of theirs.
 
-        length is that of all sequences, -1 if an array has them or all rows are in use. Returns the result, or None and
-        launches nothing if that is not what came.
+        They come in the order of the roles. length is that of all sequences, -1 if an array has them or all rows are in
+        use. Returns the result, or None and launches nothing if that is not what came.
         """
         quick = self._quick
         if quick.current_device() != quick.device:
             return None
+        if type(arrays[0]) is not quick.kind:
+            return self._quick_tensors(arrays, length, out)
         argument = self._argument()
         for array, reference in zip(arrays, argument.references):  # noqa: B905 (a check of the lengths takes its time)
             if reference() is not array or (array is None and reference is not _absent):
@@ -124,6 +128,42 @@ class Planned:
         argument.write(self._template.lse, memory.ptr)
         self._enqueue(argument, stream)
         return out, quick.kind(quick.lse_shape, quick.lse_dtype, memory)
+
+    def _quick_tensors(self, tensors: tuple[Any, ...], length: int, out: Any) -> Any:
+        """The same for PyTorch tensors. Each is looked at anew: all of it can change in place but its device."""
+        quick, torch = self._quick, sys.modules.get("torch")
+        if torch is None or type(tensors[0]) is not torch.Tensor:
+            return None
+        if quick.of_tensors is None:
+            quick.of_tensors = _OfTensors(torch, quick)
+        of_tensors, argument = quick.of_tensors, self._argument()
+        records = torch.is_grad_enabled()
+        for i, (tensor, form) in enumerate(zip(tensors, of_tensors.forms)):  # noqa: B905 (as above)
+            if tensor is not None or form is not None:
+                address = of_tensors.address_of(tensor, form, records)
+                if address is None:
+                    return None
+                argument.put(i, address, _never)
+        if out is not None:
+            address = of_tensors.address_of(out, of_tensors.out_form, records)
+            if address is None:
+                return None
+            argument.put_out(address, _never)
+        elif quick.makes_out:
+            out = of_tensors.empty(quick.out_form[0], dtype=of_tensors.out_form[2])
+            argument.put_out(out.data_ptr(), _never)
+        else:
+            return None
+        if length >= 0:
+            argument.write(self._template.length, length)
+        stream = torch_stream(quick.device)
+        if quick.lse_shape is None:
+            self._enqueue(argument, stream)
+            return out
+        lse = of_tensors.empty(quick.lse_shape, dtype=torch.float32)
+        argument.write(self._template.lse, lse.data_ptr())
+        self._enqueue(argument, stream)
+        return out, lse
 
     def _look(self, argument: _Argument, arrays: tuple[Any, ...]) -> bool:
         """Take in the arrays that are not those of the last launch. False if one is not as planned."""
@@ -268,7 +308,7 @@ class _Quick:
     """What `Planned.quick` compares with, and CuPy's functions that it calls."""
 
     __slots__ = ("device", "kind", "forms", "out_form", "out_bytes", "makes_out", "lse_shape", "lse_bytes", "lse_dtype")
-    __slots__ += ("current_device", "current_stream", "allocate")
+    __slots__ += ("current_device", "current_stream", "allocate", "of_tensors")
 
     def __init__(self, operands: Operands, inputs: Sequence[View | None], lse_shape: tuple[int, ...] | None) -> None:
         import cupy
@@ -279,6 +319,7 @@ class _Quick:
         self.current_device = cupy.cuda.runtime.getDevice
         self.current_stream = cupy.cuda.get_current_stream
         self.allocate = cupy.cuda.alloc
+        self.of_tensors: _OfTensors | None = None  # once such come
         self.forms = tuple([None if found is None else _form(found) for found in inputs])
         self.out_form = _form(out)
         self.out_bytes = math.prod(out.shape) * numpy_dtype(out.dtype).itemsize
@@ -298,6 +339,40 @@ class _Quick:
         ):
             return None
         return memory.ptr if (array.shape, array.dtype, memory.device_id) == (shape, dtype, device) else None
+
+
+class _OfTensors:
+    """The same for PyTorch's tensors."""
+
+    __slots__ = ("kind", "forms", "out_form", "empty")
+
+    def __init__(self, torch: ModuleType, quick: _Quick) -> None:
+        def of_tensors(form: _Form | None) -> _Form | None:
+            if form is None:
+                return None
+            shape, strides, dtype, device = form
+            return shape, tuple([step // dtype.itemsize for step in strides]), getattr(torch, dtype.name), device
+
+        self.kind = torch.Tensor
+        self.forms = tuple([of_tensors(form) for form in quick.forms])
+        self.out_form = of_tensors(quick.out_form)
+        self.empty = partial(torch.empty, device=torch.device("cuda", quick.device))
+
+    def address_of(self, tensor: Any, form: _Form | None, records: bool) -> int | None:
+        """The address of a tensor of that form, None for anything else; records: whether gradients are."""
+        if type(tensor) is not self.kind or form is None or not tensor.is_cuda:
+            return None
+        shape, strides, dtype, device = form
+        if tensor.shape != shape or tensor.dtype is not dtype or tensor.get_device() != device:
+            return None
+        if (records and tensor.requires_grad) or tensor.is_neg():
+            return None
+        found = tensor.stride()
+        if found != strides and any(
+            size > 1 and one != other for size, one, other in zip(shape, found, strides, strict=True)
+        ):
+            return None
+        return tensor.data_ptr()
 
 
 def _form(found: View) -> _Form:
