@@ -280,73 +280,67 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         }
         q_place.advance();
     };
-    const auto load_key_tile = [&](int slot, int n, int entry) {
+    const auto load_key_tile = [&](Work& work, int n, int entry) {
         if (!loads_keys) return;
         wait_barrier(k_empty + k_place.stage() * BARRIER_BYTES, k_place.parity() ^ 1);
         const u32 to = shared.k + k_place.stage() * K_BYTES, full = k_full + k_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<false>(p, works[slot], n, entry, to, full);
-        else load_keys<D_BLOCKS>(p, maps.k, works[slot], n, entry, to, full);
+        if constexpr (GATHER) gather_keys<false>(p, work, n, entry, to, full);
+        else load_keys<D_BLOCKS>(p, maps.k, work, n, entry, to, full);
         k_place.advance();
     };
-    const auto load_value_tile = [&](int slot, int n, int entry) {
+    const auto load_value_tile = [&](Work& work, int n, int entry) {
         if (!loads_values) return;
         wait_barrier(v_empty + v_place.stage() * BARRIER_BYTES, v_place.parity() ^ 1);
         const u32 to = shared.v + v_place.stage() * V_BYTES, full = v_full + v_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<true>(p, works[slot], n, entry, to, full);
-        else load_keys<V_BLOCKS>(p, maps.v, works[slot], n, entry, to, full);
+        if constexpr (GATHER) gather_keys<true>(p, work, n, entry, to, full);
+        else load_keys<V_BLOCKS>(p, maps.v, work, n, entry, to, full);
         v_place.advance();
     };
     // Work is kept in shared memory by its loader too, for whom few registers are left.
-    const auto note_work = [&](int slot, u32 index) {
+    const auto note_work = [&](Work& work, u32 index) {
         if (leads) {
             const Work found = find_work(p, index);
-            if (lane == 0) works[slot] = found;
+            if (lane == 0) work = found;
             __syncwarp();
-            const int seen = lane < CONSUMERS && found.tile.sequence >= 0 ? find_seen(p, works[slot], lane) : 0;
+            const int seen = lane < CONSUMERS && found.tile.sequence >= 0 ? find_seen(p, work, lane) : 0;
             for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
                 const int by_it = __shfl_sync(~0u, seen, warpgroup);
-                if (lane == 0) works[slot].seen[warpgroup] = by_it; // the lane that then tells them of the work
+                if (lane == 0) work.seen[warpgroup] = by_it; // the lane that then tells them of the work
             }
             __syncwarp();
         }
         sync_loaders();
     };
-    int slot = -1, next = 0; // of the present work, of which there is none yet, and of the next
-    u32 index = blockIdx.x;  // of that
-    int n = 0, entry = 0;    // the tile of keys to load, and where it lies
-    int ahead = 0, first = 0; // where the next of the same work lies, and the first of the next
+    u32 index = blockIdx.x; // of the next work
+    int first = 0;          // where its first tile of keys lies
     int before = -1, values_n = 0, values_entry = 0; // the values to load: those of the keys before, if any
-    for (;;) {
-        const bool begins = slot < 0 || n == works[slot].tiles.end - 1;
-        if (slot >= 0) {
-            const Work& work = works[slot];
-            const bool any = work.tile.sequence >= 0, keys = any && n >= work.tiles.begin;
-            if (begins && leads) {
-                if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
-                load_query_tile(slot, any);
-            }
-            if (keys) load_key_tile(slot, n, entry);
-            if (before >= 0) load_value_tile(before, values_n, values_entry);
-            if (!any) return;
+    for (int slot = -1, next = 0;; slot = next, next = next == WORKS - 1 ? 0 : next + 1) {
+        const bool none = slot < 0; // no work yet
+        Work& work = works[none ? 0 : slot];
+        const bool any = none || work.tile.sequence >= 0;
+        if (leads && !none) {
+            if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
+            load_query_tile(slot, any);
+        }
+        const int begin = none ? 0 : work.tiles.begin, last = none ? -1 : work.tiles.end - 1;
+        const bool keys = any && last >= begin;
+        int n = last, entry = first;
+        int ahead = keys && n > begin ? look_up(p, work, n - 1) : 0; // where the tile behind lies
+        do {
+            if (keys) load_key_tile(work, n, entry);
+            if (before >= 0) load_value_tile(works[before], values_n, values_entry);
             before = keys ? slot : -1;
             values_n = n;
             values_entry = entry;
-        }
-        if (begins) { // the next work is found early, as it takes long
-            note_work(next, __shfl_sync(~0u, index, 0));
-            const Work& work = works[next];
-            if (work.tile.sequence >= 0 && work.tiles.end > work.tiles.begin) first = look_up(p, work, work.tiles.end - 1);
-        }
-        if (slot >= 0 && n > works[slot].tiles.begin) {
-            --n;
+            if (n == last) { // the next work is found early, as it takes long
+                if (!any) return;
+                note_work(works[next], __shfl_sync(~0u, index, 0));
+                const Work& found = works[next];
+                if (found.tile.sequence >= 0 && found.tiles.end > found.tiles.begin) first = look_up(p, found, found.tiles.end - 1);
+            }
             entry = ahead;
-        } else {
-            slot = next;
-            next = next == WORKS - 1 ? 0 : next + 1;
-            n = works[slot].tiles.end - 1;
-            entry = first;
-        }
-        if (works[slot].tile.sequence >= 0 && n > works[slot].tiles.begin) ahead = look_up(p, works[slot], n - 1);
+            if (n - 1 > begin) ahead = look_up(p, work, n - 2);
+        } while (--n >= begin);
     }
 }
 
