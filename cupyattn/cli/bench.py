@@ -1,4 +1,4 @@
-"""`cupyattn bench`: the speed of prefill or decode against every peer that can be imported, in one process."""
+"""`cupyattn bench`: the speed of prefill or decode against every peer that can be imported, and of KV caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ..timing import EventTimer
-from . import bench_decode, bench_prefill
+from . import bench_cache, bench_decode, bench_prefill
 from .bench_common import clocks, describe_machine, new_figure
 from .device import NO_GPU, see_doctor, why_no_gpu
 from .tiles import sweep
@@ -25,16 +25,18 @@ class Kind(str, Enum):
 
     prefill = "prefill"
     decode = "decode"
+    cache = "cache"
 
 
 def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
-            metavar="[prefill|decode]",
+            metavar="[prefill|decode|cache]",
             help="prefill: 36 shapes of 16k tokens, heads * head_dim = 2048, and GQA, packed sequences, paged caches, "
             "in TFLOP/s. decode: 40 shapes of a paged cache, block sizes, FP8, uneven lengths, append and shared "
-            "prefix, beside the fastest read of as many bytes.",
+            "prefix, beside the fastest read of as many bytes. cache: allocation of blocks, append, fork, swaps and "
+            "snapshots of a PagedKVCache, beside plain calls, copies and files.",
         ),
     ] = Kind.prefill,
     json_path: Annotated[
@@ -67,8 +69,21 @@ def bench(
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, metavar="N", help="Times that each cell is gone through.")
     ] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Only a few cells.")] = False,
-    host: Annotated[bool, typer.Option("--host", help="Only the host time of a call.")] = False,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--cache-gb",
+            min=0.0,
+            metavar="GB",
+            help=f"Of cache, the size of the snapshot, by default {bench_cache.FULL.cache_gb:g}, with --quick "
+            f"{bench_cache.QUICK.cache_gb:g}; less where memory or the current disk have no room for it.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only a few cells; of cache small ones.")] = False,
+    host: Annotated[
+        bool, typer.Option("--host", help="Only the host time of a call; of cache no swaps and snapshots.")
+    ] = False,
     tiles_path: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +96,7 @@ def bench(
 ) -> None:
     """Measure speed against every peer that can be imported, and the host time of a call.
 
-    bfloat16. A ratio over 1 means that cupyattn is faster.
+    bfloat16. A ratio to a peer over 1 means that cupyattn is faster.
 
     Exit code 1 means that a result of cupyattn was wrong.
     """
@@ -91,6 +106,8 @@ def bench(
     sections = bench_prefill.sections_of(cells)
     if cells != "all" and kind is not Kind.prefill:
         raise typer.BadParameter(f"got it with {kind.value}, expected it with prefill alone", param_hint="--cells")
+    if cache_gb is not None and kind is not Kind.cache:
+        raise typer.BadParameter(f"got it with {kind.value}, expected it with cache alone", param_hint="--cache-gb")
     if plot_path is not None:
         new_figure()  # refused now, not after minutes of measuring
     if (reason := why_no_gpu()) is not None:
@@ -106,13 +123,17 @@ def bench(
         record = {"machine": machine, **sweep(cupy, brief, console)}
         tiles_path.write_text(json.dumps(record, indent=1) + "\n")
         return
-    run = partial(bench_prefill.run, sections=sections) if kind is Kind.prefill else bench_decode.run
-    report = run(cupy, machine["gpu"], contenders, rounds, quick, host, console)
+    runs = {
+        Kind.prefill: partial(bench_prefill.run, sections=sections),
+        Kind.decode: bench_decode.run,
+        Kind.cache: partial(bench_cache.run, cache_gb=cache_gb),
+    }
+    report = runs[kind](cupy, machine["gpu"], contenders, rounds, quick, host, console)
     if json_path is not None:
         record = {"machine": machine | {"clocks_after": clocks(cupy)}, **report.record}
         json_path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"Written to {json_path}.", markup=False)
-    if plot_path is not None and report.record["cells"]:
+    if plot_path is not None and report.record.get("cells") != []:
         report.plot(plot_path, machine["gpu"])
     if report.wrong:
         console.print(f"[red]cupyattn is wrong in {', '.join(report.wrong)}[/]")
