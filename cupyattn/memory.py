@@ -109,7 +109,8 @@ class memory_trace:
     def _event(self, frame: FrameType, event: str, argument: object) -> None:
         """Python tells of a call or a return, in this thread."""
         if event == "call" and self._outer is None:
-            if frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_code is not _EXIT:
+            name = frame.f_code.co_filename
+            if name.startswith(_PACKAGE) and name != __file__:  # this file's are those that measure
                 self._account(0)
                 self._outer, self._name = frame, _name_of(frame)
         elif event == "return" and frame is self._outer:
@@ -125,9 +126,6 @@ class memory_trace:
         found.kept += now - self._before
         self.peak = max(self.peak, peak)
         self._before = now
-
-
-_EXIT = memory_trace.__exit__.__code__
 
 
 class _TracedMeter:

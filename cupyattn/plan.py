@@ -104,7 +104,7 @@ class HopperTile:
     def registers(self, indexed: bool, gather: bool) -> tuple[int, int]:
         """Of a thread that loads, and of one that computes: the multiprocessor's 64 Ki shared out in units of 8."""
         if self.consumers == 3:
-            return 32, 160
+            return (56, 152) if indexed and self.keys <= 96 else (32, 160)
         return (72, 216) if gather else (56, 224) if indexed else (40, 232)
 
     def out_blocks(self, head_dim_v: int) -> int:
@@ -201,9 +201,9 @@ BLOCK_COLUMNS = 64  # of a tile's rows, which lie side by side
 SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
 SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
 # Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, or with few
-# keys, and for more keys with one.
-# Block tables leave a warp that loads too few registers beside three warpgroups that compute.
-HOPPER_PAGED_TILE = HopperTile(2, 128, 3, 2, 64)  # up to 64 dimensions
+# keys, and for more keys with one; packed queries take the latter, which leaves loaders more registers.
+# notebooks/results/hopper_tiles.json: with 64 dimensions and a causal mask, tiles of 96 keys have 0.92 of the speed of
+# 128 at seqlen 512, 1.02 times at 1024, 1.05 at 2048, 1.10 at 8192. None of the others there is faster than these.
 HOPPER_TILES = (
     (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 96, 4, 2, 64)),
     (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
@@ -212,6 +212,9 @@ HOPPER_TILES = (
     (256, HopperTile(2, 64, 2, 1, 128), HopperTile(2, 64, 2, 1, 128)),
 )
 HOPPER_SHORT = 512
+# Up to 64 dimensions where a thread needs more registers than three warpgroups that compute leave it: to look up
+# blocks, to shape scores, to count splits.
+HOPPER_TWO_WARPGROUPS = HopperTile(2, 128, 3, 2, 64)
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
 INLINE_CAPACITIES = (64, 256, 928)  # indices of an append that fit the 4 KB of a kernel's argument
@@ -243,7 +246,8 @@ SIMT_TILE = Tile(64, 64, 8, 1)
 # cache. Sections of all pairs lose up to 0.134 of the speed (notebooks/results/tiles.json).
 CAUSAL_SECTION = 16
 # Of forward_sm90 under a mask: so many pairs, if their keys fit L2 together, where long tiles and short ones find them;
-# of whole sequences, whose heads lie side by side in memory. `cupyattn bench prefill --tiles` compares others.
+# of whole sequences, whose heads lie side by side in memory. Sections of 128 pairs have 1.02 times the speed at 64
+# dimensions and 512 keys, but 0.90 to 0.95 at 128 and 256 (notebooks/results/hopper_tiles.json).
 HOPPER_SECTION = (8, 64)  # at least, at most
 HOPPER_SECTION_BYTES = 32 << 20
 FULL_SECTION = 1
@@ -286,7 +290,7 @@ def plan(
     typical_rows = _typical_rows(problem)
     window = effective_window(problem)
     masked = window != (UNBOUNDED, UNBOUNDED)
-    splits = 1
+    splits, insists = 1, tile is not None
     if name == "forward_simt":
         tile = SIMT_TILE
         group = _packed_group(problem, tile.rows, typical_rows)
@@ -297,10 +301,11 @@ def plan(
         if tile is None:
             wider = max(problem.head_dim, problem.head_dim_v)
             pair = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)
-            tile = pair[masked and problem.seqlen_k > HOPPER_SHORT]
-            if problem.cache.kind == "paged" and tile.consumers == 3:
-                tile = HOPPER_PAGED_TILE
-            if problem.softcap or problem.alibi:
+            tile = pair[problem.packed_q or (masked and problem.seqlen_k > HOPPER_SHORT)]
+            shaped = problem.softcap or problem.alibi
+            if tile.consumers == 3 and (problem.cache.kind == "paged" or shaped):
+                tile = HOPPER_TWO_WARPGROUPS
+            if shaped:
                 tile = replace(tile, keys=min(tile.keys, HOPPER_KEYS_SHAPED))
         group = _packed_group(problem, tile.rows, typical_rows)
         group = group if group <= PRODUCT_ROWS else 1
@@ -347,6 +352,8 @@ def plan(
                 f"long tiles come first within every {pairs_per_section} heads, and short ones fill the gaps"
             )
     workspace_bytes = COUNTER_BYTES if name == "forward_sm90" else 0
+    if splits > 1 and name == "forward_sm90" and tile.consumers == 3 and not insists:
+        return plan(problem, device, kernel, HOPPER_TWO_WARPGROUPS, pairs_per_section)
     if splits > 1:
         grid *= splits
         results = problem.total_q * problem.num_heads

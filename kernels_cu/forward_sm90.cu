@@ -269,7 +269,6 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
     Place<QUERY_STAGES> q_place;
     Place<STAGES> k_place, v_place;
     const auto load_query_tile = [&](int slot, bool any) {
-#pragma unroll 1
         for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
             const int place = q_place.stage() * CONSUMERS + warpgroup;
             const u32 full = q_full + place * BARRIER_BYTES;
@@ -280,67 +279,71 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const TensorMaps
         }
         q_place.advance();
     };
-    const auto load_key_tile = [&](Work& work, int n, int entry) {
+    const auto load_key_tile = [&](int slot, int n, int entry) {
         if (!loads_keys) return;
         wait_barrier(k_empty + k_place.stage() * BARRIER_BYTES, k_place.parity() ^ 1);
         const u32 to = shared.k + k_place.stage() * K_BYTES, full = k_full + k_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<false>(p, work, n, entry, to, full);
-        else load_keys<D_BLOCKS>(p, maps.k, work, n, entry, to, full);
+        if constexpr (GATHER) gather_keys<false>(p, works[slot], n, entry, to, full);
+        else load_keys<D_BLOCKS>(p, maps.k, works[slot], n, entry, to, full);
         k_place.advance();
     };
-    const auto load_value_tile = [&](Work& work, int n, int entry) {
+    const auto load_value_tile = [&](int slot, int n, int entry) {
         if (!loads_values) return;
         wait_barrier(v_empty + v_place.stage() * BARRIER_BYTES, v_place.parity() ^ 1);
         const u32 to = shared.v + v_place.stage() * V_BYTES, full = v_full + v_place.stage() * BARRIER_BYTES;
-        if constexpr (GATHER) gather_keys<true>(p, work, n, entry, to, full);
-        else load_keys<V_BLOCKS>(p, maps.v, work, n, entry, to, full);
+        if constexpr (GATHER) gather_keys<true>(p, works[slot], n, entry, to, full);
+        else load_keys<V_BLOCKS>(p, maps.v, works[slot], n, entry, to, full);
         v_place.advance();
     };
     // Work is kept in shared memory by its loader too, for whom few registers are left.
-    const auto note_work = [&](Work& work, u32 index) {
+    const auto note_work = [&](int slot, u32 index) {
         if (leads) {
             const Work found = find_work(p, index);
-            if (lane == 0) work = found;
+            if (lane == 0) works[slot] = found;
             __syncwarp();
-            const int seen = lane < CONSUMERS && found.tile.sequence >= 0 ? find_seen(p, work, lane) : 0;
+            const int seen = lane < CONSUMERS && found.tile.sequence >= 0 ? find_seen(p, works[slot], lane) : 0;
             for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
                 const int by_it = __shfl_sync(~0u, seen, warpgroup);
-                if (lane == 0) work.seen[warpgroup] = by_it; // the lane that then tells them of the work
+                if (lane == 0) works[slot].seen[warpgroup] = by_it; // the lane that then tells them of the work
             }
             __syncwarp();
         }
         sync_loaders();
     };
-    u32 index = blockIdx.x; // of the next work
-    int first = 0;          // where its first tile of keys lies
-    int before = -1, values_n = 0, values_entry = 0; // the values to load: those of the keys before, if any
-    for (int slot = -1, next = 0;; slot = next, next = next == WORKS - 1 ? 0 : next + 1) {
-        const bool none = slot < 0; // no work yet
-        Work& work = works[none ? 0 : slot];
-        const bool any = none || work.tile.sequence >= 0;
-        if (leads && !none) {
+    const auto look_up_first = [&](int slot) {
+        const Work& work = works[slot];
+        return work.tile.sequence >= 0 && work.tiles.end > work.tiles.begin ? look_up(p, work, work.tiles.end - 1) : 0;
+    };
+    note_work(0, blockIdx.x);
+    int first = look_up_first(0); // where the first tile of keys lies of the work to come,
+    int entry = 0;                // and the tile whose values are to be loaded next
+    int before = -1;              // the slot of the work before, if its last values are still to be loaded
+    for (int slot = 0;;) {
+        const bool any = works[slot].tile.sequence >= 0;
+        u32 index = 0;
+        if (leads) {
             if (any && lane == 0) index = atomicAdd(maps.counters, 1) + gridDim.x;
             load_query_tile(slot, any);
         }
-        const int begin = none ? 0 : work.tiles.begin, last = none ? -1 : work.tiles.end - 1;
-        const bool keys = any && last >= begin;
-        int n = last, entry = first;
-        int ahead = keys && n > begin ? look_up(p, work, n - 1) : 0; // where the tile behind lies
-        do {
-            if (keys) load_key_tile(work, n, entry);
-            if (before >= 0) load_value_tile(works[before], values_n, values_entry);
-            before = keys ? slot : -1;
-            values_n = n;
-            values_entry = entry;
-            if (n == last) { // the next work is found early, as it takes long
-                if (!any) return;
-                note_work(works[next], __shfl_sync(~0u, index, 0));
-                const Work& found = works[next];
-                if (found.tile.sequence >= 0 && found.tiles.end > found.tiles.begin) first = look_up(p, found, found.tiles.end - 1);
-            }
+        const int begin = works[slot].tiles.begin;
+        int n = works[slot].tiles.end - 1;
+        const bool keys = any && n >= begin;
+        if (keys) load_key_tile(slot, n, first);
+        if (before >= 0) load_value_tile(before, works[before].tiles.begin, entry);
+        if (!any) return;
+        entry = first;
+        int ahead = n > begin ? look_up(p, works[slot], n - 1) : 0;
+        const int next = slot == WORKS - 1 ? 0 : slot + 1;
+        note_work(next, __shfl_sync(~0u, index, 0));
+        first = look_up_first(next);
+        for (; n > begin; --n) {
+            load_key_tile(slot, n - 1, ahead);
+            load_value_tile(slot, n, entry);
             entry = ahead;
-            if (n - 1 > begin) ahead = look_up(p, work, n - 2);
-        } while (--n >= begin);
+            if (n > begin + 1) ahead = look_up(p, works[slot], n - 2);
+        }
+        before = keys ? slot : -1;
+        slot = next;
     }
 }
 
@@ -529,7 +532,6 @@ __device__ __forceinline__ void pass_turn(int warpgroup) {
 // The rows of a tile of values behind the last key hold whatever memory does: 0 * NaN would reach the output.
 __device__ __forceinline__ void clear_values(u32 v, int first_row, int warpgroup) {
     constexpr int CHUNKS = V_BLOCKS * 8;
-#pragma unroll 1
     for (int index = threadIdx.x % WARPGROUP; index < (TILE_N - first_row) * CHUNKS; index += WARPGROUP) {
         const int row = first_row + index / CHUNKS, chunk = index % CHUNKS;
         store_shared(v + chunk / 8 * KEY_BLOCK_BYTES + row * BLOCK_ROW_BYTES + chunk % 8 * 16, make_uint4(0, 0, 0, 0));
@@ -562,7 +564,6 @@ __device__ __forceinline__ void leave_in_shared(const State& state, const float 
 // Of a warpgroup's rows those that are the sequence's.
 __device__ __forceinline__ void store_some_rows(const ForwardParams& p, const Tile& tile, int warpgroup, int first_block, u32 shared) {
     constexpr int CHUNKS = OUT_BLOCKS * BLOCK_COLUMNS / 8;
-#pragma unroll 1
     for (int index = threadIdx.x % WARPGROUP; index < ROWS * CHUNKS; index += WARPGROUP) {
         const int row = index / CHUNKS, chunk = index % CHUNKS, column = first_block * BLOCK_COLUMNS + chunk * 8;
         const QueryRow at = find_query_row(tile, warpgroup * ROWS + row);

@@ -510,9 +510,11 @@ class Tensor:
     def __init__(self, like):
         self.pointer, self.shape, self.dtype = like.data.ptr, like.shape, like.dtype
         self.strides = tuple(step // like.dtype.itemsize for step in like.strides)
-        self.is_cuda, self.requires_grad, self.negative, self.device = True, False, False, 0
+        self.is_cuda, self.requires_grad, self.negative, self.device, self.fails = True, False, False, 0, False
 
     def data_ptr(self):
+        if self.fails:
+            raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
         return self.pointer
 
     def stride(self):
@@ -564,6 +566,8 @@ def test_tensors_are_launched_as_arrays_are(driver, torch):
         {"is_cuda": False},
         {"requires_grad": True},
         {"negative": True},
+        {"pointer": 0},
+        {"fails": True},
     ],
 )
 def test_a_tensor_that_changed_in_place_goes_the_long_way(driver, torch, change):

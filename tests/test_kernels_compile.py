@@ -182,6 +182,7 @@ HOPPER_FORMS = {
     "window": {"window": (100, 10)},
     "left": {"window": (100, -1), "kind": "packed", "dtype": "bfloat16"},
     "packed": {"kind": "packed"},
+    "packed full": {"kind": "packed", "num_kv_heads": 32, "window": FULL},
     "lengths": {"seqused_k": True, "leftpad": True, "window": FULL, "dtype": "bfloat16"},
     "negative scale": {"softmax_scale": -0.125},
     "softcap": {"softcap": 30.0, "window": FULL},
@@ -191,6 +192,8 @@ HOPPER_FORMS = {
     "group": {"kind": "paged", **FEW},
     "odd group": {"kind": "paged", "num_heads": 24, "window": (100, 10), **FEW, **BIAS},
     "split": {"kind": "paged", "num_heads": 8, **FEW, "num_splits": 4},
+    "causal split": {"num_kv_heads": 32, **FEW, "num_splits": 4},
+    "softcap window": {"kind": "packed", "window": (100, 100), "softcap": 30.0},
     "split, shaped": {"num_heads": 56, "dtype": "bfloat16", **FEW, "num_splits": 4, **BIAS},
     "paged": {"kind": "paged", "window": FULL},
     "paged, negative scale": {"kind": "paged", "window": FULL, "softmax_scale": -0.125, "dtype": "bfloat16"},
@@ -209,6 +212,7 @@ HOPPER_TRAITS = {  # whether a form is what its name says
     "odd group": {"GROUP": 3, "KV_SPLITS": 0, "LEFT": 1},
     "split": {"KV_SPLITS": 1},
     "split, shaped": {"KV_SPLITS": 1, "GROUP": 7},
+    "causal split": {"KV_SPLITS": 1, "GROUP": 1, "MASK": 1},
     "gathered": {"GATHER": 1},
     "gathered, left": {"GATHER": 1, "LEFT": 1},
     "gathered, shifted": {"GATHER": 1},
@@ -218,7 +222,9 @@ HOPPER_CASES = [(128, form) for form in HOPPER_FORMS]
 HOPPER_CASES += [(head_dim, "full") for head_dim in (8, 64, 72, 96, 160, 192, 256)]
 HOPPER_CASES += [(head_dim, "shaped") for head_dim in (64, 96, 192, 256)]
 HOPPER_CASES += [(64, "split"), (96, "odd group"), (192, "causal"), (256, "split, shaped"), (256, "gathered, left")]
-HOPPER_CASES += [(64, "gathered")]
+HOPPER_CASES += [
+    (64, form) for form in ("gathered", "causal", "window", "packed", "packed full", "causal split", "softcap window")
+]
 
 
 @pytest.mark.parametrize(("head_dim", "form"), HOPPER_CASES)

@@ -74,3 +74,13 @@ def test_refusals():
 
 def test_doctest():
     assert doctest.testmod(memory).failed == 0 and cupyattn.memory_trace is memory_trace
+
+
+def test_what_measures_is_no_call():
+    """CuPy calls the meter of its pools, whose functions are in the package too."""
+    with memory_trace("cpu") as trace:
+        held = [np.ones(MB, np.uint8)]
+        memory._why_no_gpu()
+        held.append(np.ones(MB, np.uint8))
+    assert [one.name for one in trace.calls] == ["elsewhere"]
+    assert trace.calls[0].kept >= 2 * MB

@@ -351,7 +351,7 @@ class _OfTensors:
             if form is None:
                 return None
             shape, strides, dtype, device = form
-            return shape, tuple([step // dtype.itemsize for step in strides]), getattr(torch, dtype.name), device
+            return shape, tuple([step // dtype.itemsize for step in strides]), getattr(torch, dtype.name, None), device
 
         self.kind = torch.Tensor
         self.forms = tuple([of_tensors(form) for form in quick.forms])
@@ -363,16 +363,19 @@ class _OfTensors:
         if type(tensor) is not self.kind or form is None or not tensor.is_cuda:
             return None
         shape, strides, dtype, device = form
-        if tensor.shape != shape or tensor.dtype is not dtype or tensor.get_device() != device:
+        try:
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.get_device() != device:
+                return None
+            if (records and tensor.requires_grad) or tensor.is_neg():
+                return None
+            found, address = tensor.stride(), tensor.data_ptr()
+        except RuntimeError:  # nested tensors, and those inside transformations, have none of these
             return None
-        if (records and tensor.requires_grad) or tensor.is_neg():
-            return None
-        found = tensor.stride()
         if found != strides and any(
             size > 1 and one != other for size, one, other in zip(shape, found, strides, strict=True)
         ):
             return None
-        return tensor.data_ptr()
+        return address or None  # 0: its memory was given back
 
 
 def _form(found: View) -> _Form:
