@@ -139,6 +139,17 @@ def test_speed_numbers_are_those_of_the_record():
             assert f"{record['host'][library]['median_us']:.0f} µs" in README
 
 
+def test_numbers_of_all_peers_are_those_that_were_printed():
+    for cells in json.loads((RECORD.parent / "prefill_peers.json").read_text())["cells"].values():
+        ratios = [(cell["ratio_to_best"], cell["name"]) for cell in cells if "ratio_to_best" in cell]
+        lowest, where = min(ratios)
+        mean, lost = statistics.geometric_mean(ratio for ratio, _ in ratios), sum(ratio < 1 for ratio, _ in ratios)
+        assert f" | {mean:.2f} | {lowest:.2f} ({where}) | {lost} of {len(ratios)} |" in README
+        for cell in cells:
+            peers = [cell[name] for name in ("fa2", "cudnn", "fa4", "flashinfer", "flashinfer_fa2") if name in cell]
+            assert not peers or cell["ratio_to_best"] == round(cell["cupyattn"] / max(peers), 3)
+
+
 def decode_rows() -> tuple[list[str], list[str]]:
     """The rows of the README's two tables on decode, as the record has them: against peers, and all other figures.
 
