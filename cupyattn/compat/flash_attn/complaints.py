@@ -1,0 +1,36 @@
+"""What this library says of an argument, in the words of flash_attn's signature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...arrays import refuse
+
+_COMPLAINT = re.compile(r"\w+: got ")
+_NAME = re.compile(r"\b[a-z]\w*\b")
+_NO_ARGUMENT_HERE = re.compile(r", (?:or|with) (?:layout|kv_dtype|kernel)=.*")
+
+
+def named(names: Mapping[str, str], function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+    """function(*arrays, **options), a function of this library whose complaints are to name arguments otherwise."""
+    try:
+        return function(*arrays, **options)
+    except (TypeError, ValueError) as error:
+        rename(error, names)
+        raise
+
+
+def rename(error: Exception, names: Mapping[str, str]) -> None:
+    """Name arguments in a complaint otherwise, and drop advice to use arguments that flash_attn does not have."""
+    message = str(error)
+    if _COMPLAINT.match(message):
+        message = _NO_ARGUMENT_HERE.sub("", message)
+        error.args = (_NAME.sub(lambda found: names.get(found[0], found[0]), message),)
+
+
+def refuse_dropout(dropout_p: float) -> None:
+    """Refuse any dropout."""
+    if dropout_p:
+        refuse("dropout_p", dropout_p, "0.0: dropout needs the backward pass, which does not exist yet")
