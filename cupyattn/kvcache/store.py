@@ -141,6 +141,7 @@ class DeviceStore(_Store):
         import cupyx
 
         form = self.form
+        self._let_go()
         held = cupyx.empty_pinned((2, form.num_layers, len(blocks), *form.block), form.stored)
         if held.size:
             listed = self.transfer.send(blocks.astype(np.int32), stream)
@@ -164,10 +165,14 @@ class DeviceStore(_Store):
         """Keep host memory from its pool until the work on this stream that reads or writes it is done."""
         import cupy
 
-        self._moving = [moving for moving in self._moving if not moving[0].done]
+        self._let_go()
         done = cupy.cuda.Event(disable_timing=True)
         cupy.cuda.runtime.eventRecord(done.ptr, stream)
         self._moving.append((done, held))
+
+    def _let_go(self) -> None:
+        """Give host memory back to its pool that nothing reads or writes any more."""
+        self._moving = [moving for moving in self._moving if not moving[0].done]
 
     def _copy(self, source: Side, target: Side, first: int, tokens: int, stream: int) -> None:
         from ..kernels.copy_rows import copy_rows
