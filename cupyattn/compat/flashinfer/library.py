@@ -1,0 +1,100 @@
+"""The few operations that NumPy, CuPy and PyTorch spell differently. None is imported before its arrays come."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ...arrays import View, current_device, device_name, host_array, numpy_dtype, on_device, refuse, view
+
+Array = Any  # an array of NumPy, CuPy or PyTorch
+
+
+class Library:
+    """One library's arrays on one device. `xp` is its module, for what all three spell alike."""
+
+    __slots__ = ("name", "device", "xp", "_torch_device")
+
+    def __init__(self, name: str, device: int) -> None:
+        self.name, self.device = name, device
+        self.xp: ModuleType = sys.modules[name]
+        self._torch_device = self.xp.device("cpu" if device < 0 else f"cuda:{device}") if name == "torch" else None
+
+    def asarray(self, host: np.ndarray) -> Array:
+        """The numbers of a NumPy array here; on the CPU it may be the same memory."""
+        if self.name == "torch":
+            return self.xp.from_numpy(np.ascontiguousarray(host)).to(self._torch_device)
+        return self.xp.asarray(host)
+
+    def current(self) -> AbstractContextManager:
+        """A context in which new CuPy arrays are made on this device. The others go by their operands."""
+        return on_device(self.device) if self.name == "cupy" and current_device() != self.device else nullcontext()
+
+    def here(self, array: Array, argument: str) -> Array:
+        """The array itself if it is one of these, or a copy of one on the host; refuses others."""
+        found = view(array, argument)
+        if (found.library, found.device) == (self.name, self.device):
+            return array
+        if found.device >= 0:
+            got, expected = device_name(found.device), f"{self.name} on {device_name(self.device)}, or one on the host"
+            refuse(argument, f"a {found.library} array on {got}", f"one of {expected}")
+        return self.asarray(host_array(found))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        if self.name == "torch":
+            return self.xp.empty(shape, dtype=getattr(self.xp, dtype), device=self._torch_device)
+        return self.xp.empty(shape, numpy_dtype(dtype))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        made = self.empty(shape, dtype)
+        made[...] = 0
+        return made
+
+    def arange(self, stop: int, dtype: str) -> Array:
+        if self.name == "torch":
+            return self.xp.arange(stop, dtype=getattr(self.xp, dtype), device=self._torch_device)
+        return self.xp.arange(stop, dtype=dtype)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        """The array itself where it has that dtype."""
+        if self.name == "torch":
+            return array.to(getattr(self.xp, dtype))
+        return array.astype(numpy_dtype(dtype), copy=False)
+
+    def contiguous(self, array: Array) -> Array:
+        """The array itself if it is C-contiguous, else a copy that is."""
+        return array.contiguous() if self.name == "torch" else self.xp.ascontiguousarray(array)
+
+    def as_strided(self, array: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+        """The same memory in another shape. Strides count elements."""
+        if self.name == "torch":
+            return self.xp.as_strided(array, shape, strides, array.storage_offset())
+        steps = tuple([step * array.itemsize for step in strides])
+        return self.xp.lib.stride_tricks.as_strided(array, shape, steps)
+
+
+@lru_cache(maxsize=64)
+def _library(name: str, device: int) -> Library:
+    return Library(name, device)
+
+
+def library_of(found: View, argument: str) -> Library:
+    """The library of an argument's view; refuses what is neither of the three."""
+    if found.library not in ("numpy", "cupy", "torch"):
+        refuse(argument, f"a {found.library} array", "an array of NumPy, CuPy or PyTorch", TypeError)
+    return _library(found.library, found.device)
+
+
+def library_at(array: Array, argument: str) -> Library:
+    """The same of the argument itself."""
+    return library_of(view(array, argument), argument)
+
+
+def on_host(array: Array, argument: str) -> np.ndarray:
+    """A NumPy array of the same numbers; waits for the device if it is on one."""
+    return host_array(view(array, argument))
