@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from compat.test_flashinfer_common import FLOAT32, LOG2E, Paged, over_libs, paged, starts
+from compat.test_flashinfer_common import FLOAT32, LOG2E, Paged, over_libs, paged, slopes, starts
 from oracle import UNIT_ROUNDOFF, normal
 
 from cupyattn.compat import flashinfer
@@ -163,6 +163,26 @@ def test_three_levels(rng, lib):
             )
             one = oracle.attention(q[None, b : b + 1], k[None], v[None])
             assert np.allclose(out[b], one.out[0, 0], rtol=0, atol=1e-5)
+
+
+@over_libs()
+def test_alibi_in_levels(rng, lib):
+    """As in FlashInfer, where every level's bias is slope * key, counted from the level's own first key."""
+    p, q = paged(rng, [12, 9], 5), normal(rng, (1, 8, 64), "float32")
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, lib.workspace())
+    ends = [np.array([0, 1], np.int32)] * 2
+    tables = zip(tables_of(p, 0, 1), tables_of(p, 1, 1), strict=True)
+    wrapper.plan(
+        lib.put(ends), *(lib.put(list(x)) for x in tables), 8, 2, 64, 5, q_data_type="float32",
+        pos_encoding_mode="ALIBI",
+    )  # fmt: skip
+    out = lib.get(wrapper.run(lib.put(q), p.cache(lib)))
+    (k, v), (more_k, more_v) = rows_of(p, 0), rows_of(p, 1)
+    keys, values = (np.repeat(np.concatenate(x), 4, axis=1).astype(float) for x in ((k, more_k), (v, more_v)))
+    bias = slopes(8)[:, None] * np.concatenate([np.arange(12), np.arange(9)])
+    weight = np.exp(np.einsum("hd,khd->hk", q[0], keys) / 8 + bias)
+    exact = np.einsum("hk,khd->hd", weight / weight.sum(axis=1, keepdims=True), values)
+    assert np.allclose(out[0], exact, rtol=0, atol=1e-5)
 
 
 @over_libs()

@@ -292,11 +292,22 @@ def test_one_plan_serves_layers_of_different_forms(rng, lib):
 def test_plans_one_after_another(rng, lib):
     """Sequences grow, come and go; each run is of the last plan."""
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())
-    for lengths in ([5, 33], [6, 34], [100, 1, 7], [6, 34]):
+    for lengths in ([5, 33], [6, 34], [100, 1, 7], [6, 200], [6, 34]):
         p, q = paged(rng, lengths, 16), normal(rng, (len(lengths), 8, 64), "float32")
         wrapper.plan(*lib.put(p.table), 8, 2, 64, 16, q_data_type="float32")
         for _ in range(2):
             check_base2(expect(p, q), lib.get(wrapper.run(lib.put(q), p.cache(lib))), None, "float32")
+
+
+@over_libs()
+def test_tables_that_grow_over_one_pool(rng, lib):
+    """The arrays of the runs are as before, and only the block table is wider."""
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())
+    for lengths, used in (([5, 33], 4), ([6, 100], 8), ([40, 16], 4)):
+        p, q = paged(rng, lengths, 16, spare=20 - used), normal(rng, (2, 8, 64), "float32")
+        assert len(p.k) == 20
+        wrapper.plan(*lib.put(p.table), 8, 2, 64, 16, q_data_type="float32")
+        check_base2(expect(p, q), lib.get(wrapper.run(lib.put(q), p.cache(lib))), None, "float32")
 
 
 @over_libs()

@@ -291,6 +291,26 @@ def test_custom_masks(rng, lib, page_size, layout, form, given):
 
 
 @over_libs()
+@pytest.mark.parametrize("uneven", ["pages", "pair"])
+def test_custom_masks_where_rows_are_unevenly_spaced(rng, lib, uneven):
+    """Rows from one page to the next that are no whole number, or not the same for keys as for values."""
+    p, q = paged(rng, LENGTHS, 5), normal(rng, (sum(QUERIES), 8, 64), "float32")
+    masks = draw_masks(rng, QUERIES, LENGTHS)
+    wrapper = planned(lib, p, q, QUERIES, custom_mask=lib.put(flat(masks)))
+
+    def apart(cache, between):
+        pages, size = len(cache), cache[0].size
+        base = lib.put(np.full((pages, size + between), np.nan, np.float32))
+        base[:, :size] = lib.put(cache.reshape(pages, size))
+        return base[:, :size].reshape(cache.shape)  # a view: the axis that is split is contiguous
+
+    spaces = (7, 7) if uneven == "pages" else (0, 2 * 64)
+    cache = tuple(apart(x, space) for x, space in zip((p.k, p.v), spaces, strict=True))
+    out, lse = wrapper.run(lib.put(q), cache, return_lse=True)
+    check_masked(lib, out, lse, q, keys_in_pages(p), masks, "float32")
+
+
+@over_libs()
 def test_custom_mask_and_window(rng, lib):
     """Both hold."""
     p, q = paged(rng, LENGTHS, 5), normal(rng, (sum(QUERIES), 8, 64), "float32")

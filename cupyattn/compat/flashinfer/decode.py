@@ -178,7 +178,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         Args:
             indptr: int32 (batch + 1,), starting at 0, never decreasing: entries indptr[b] to indptr[b + 1] of indices
                 are the pages of sequence b. Waited for if it is on a device, as is last_page_len.
-            indices: int32 (indptr[-1],) page ids, or more. Compared with the cache only where they are on the host.
+            indices: int32 (indptr[-1],) page ids, or more. Compared with the cache where they are on the host; on CUDA
+                only if CUPYATTN_CHECK=1 asks for it, which waits for the device.
             last_page_len: int32 (batch,), 1 to page_size tokens in each last page.
             num_qo_heads, num_kv_heads: of queries, and of keys and values; the latter divides the former.
             head_dim: 1 to 256.

@@ -29,10 +29,11 @@ class Library:
         """The numbers of a NumPy array here; on the CPU it may be the same memory."""
         if self.name == "torch":
             return self.xp.from_numpy(np.ascontiguousarray(host)).to(self._torch_device)
-        return self.xp.asarray(host)
+        with self.current():
+            return self.xp.asarray(host)
 
     def current(self) -> AbstractContextManager:
-        """A context in which new CuPy arrays are made on this device. The others go by their operands."""
+        """A context in which CuPy works on this device. PyTorch goes by its operands."""
         return on_device(self.device) if self.name == "cupy" and current_device() != self.device else nullcontext()
 
     def here(self, array: Array, argument: str) -> Array:
@@ -48,7 +49,8 @@ class Library:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         if self.name == "torch":
             return self.xp.empty(shape, dtype=getattr(self.xp, dtype), device=self._torch_device)
-        return self.xp.empty(shape, numpy_dtype(dtype))
+        with self.current():
+            return self.xp.empty(shape, numpy_dtype(dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         made = self.empty(shape, dtype)
@@ -58,7 +60,8 @@ class Library:
     def arange(self, stop: int, dtype: str) -> Array:
         if self.name == "torch":
             return self.xp.arange(stop, dtype=getattr(self.xp, dtype), device=self._torch_device)
-        return self.xp.arange(stop, dtype=dtype)
+        with self.current():
+            return self.xp.arange(stop, dtype=dtype)
 
     def cast(self, array: Array, dtype: str) -> Array:
         """The array itself where it has that dtype."""

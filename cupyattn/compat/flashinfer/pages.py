@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...arrays import View, current_stream, device_name, host_array, refuse, view
+from ...attention import checking
 from .arguments import Options, check_int
 from .library import Array, Library
 
@@ -52,8 +53,8 @@ class Pages:
 
     @property
     def known(self) -> bool:
-        """Whether the page ids count, and are on the host."""
-        return self.indices.device < 0 and not self.own_table
+        """Whether the page ids count, and are on the host, or read because CUPYATTN_CHECK asks for it."""
+        return not self.own_table and (self.indices.device < 0 or checking(None, self.indices.device))
 
     def ids(self) -> np.ndarray:
         """int32 (total,) page ids; waits for the device if they are there."""

@@ -176,13 +176,10 @@ class Step(ABC):
         if plan is not None:
             try:
                 return self._call(plan, arrays, variant[0])
-            except (TypeError, ValueError):  # it looks at its arrays before it does anything
-                self._found[variant] = other = self._find(variant, arrays)
-                if other is plan:
-                    raise
-        else:
-            self._found[variant] = other = self._find(variant, arrays)
-        return self._call(other, arrays, variant[0])
+            except (TypeError, ValueError):
+                pass  # it looks at arrays before it does anything: they are of another form, or will be refused again
+        self._found[variant] = plan = self._find(variant, arrays)
+        return self._call(plan, arrays, variant[0])
 
     def _look(self, arrays: Arrays) -> tuple[View, View, View]:
         """The views of q, k and v, with all refused that can be in FlashInfer's terms."""
