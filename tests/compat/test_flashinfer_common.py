@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -212,7 +211,6 @@ def masked(
     k: np.ndarray,
     v: np.ndarray,
     mask: np.ndarray,
-    check: Callable[..., None] | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Attention of each row of q (n, heads, head_dim) over the keys that mask (n, keys) shows it, in the oracle.
