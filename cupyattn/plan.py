@@ -202,8 +202,8 @@ SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
 SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
 # Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, or with few
 # keys, and for more keys with one; packed queries take the latter, which leaves loaders more registers.
-# notebooks/results/hopper_tiles.json: with 64 dimensions and a causal mask, tiles of 96 keys have 0.92 of the speed of
-# 128 at seqlen 512, 1.02 times at 1024, 1.05 at 2048, 1.10 at 8192. None of the others there is faster than these.
+# notebooks/results/hopper_tiles.json: with 64 dimensions and a causal mask, tiles of 96 keys have 0.94 of the speed of
+# 128 at seqlen 512, 1.03 times at 1024, 1.05 at 2048, 1.09 at 8192. None of the others there is faster than these.
 HOPPER_TILES = (
     (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 96, 4, 2, 64)),
     (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
