@@ -257,8 +257,9 @@ FULL_SECTION = 1
 # 1.9 times over 4k, 3.2 over 64k in 8.
 SPLIT_BLOCKS = 2
 SPLIT_KEYS = 512
-# Query rows of a kv head from which a shared prefix is the forward kernel's: of 2k tokens it has 0.94 of decode's speed
-# with 64 rows and 1.3 times with 128, of 16k 1.8 and 1.9 times.
+# Query rows of a kv head from which a shared prefix is a forward kernel's: of 2k tokens forward_sm80 has 0.94 of the
+# speed of decode with 64 rows and 1.3 times with 128, of 16k 1.8 and 1.9 times; forward_sm90 is faster again, at 16k
+# tokens up to 1.3 times with 64 and 128 rows and 1.8 times from 512 on.
 PREFIX_ROWS = 64
 MOST_FORWARD_SPLITS = 64
 # Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
@@ -500,12 +501,15 @@ def prefix_kernel(own: Problem, device: Device, sinks: bool) -> str:
     """The kernel that reads a prefix which all sequences of `own` share, whose queries are then those of one.
 
     decode is made for few query rows: it reads keys from shared memory once for every 8 or 16 of them. From
-    `PREFIX_ROWS` rows of a kv head on the forward kernel's larger tiles are faster, and split the keys too.
+    `PREFIX_ROWS` rows of a kv head on the forward kernels' larger tiles are faster, and split the keys too. "auto" is
+    the best of these for more queries than decode's.
     """
     if own.dtype == "float32" or own.head_dim_v != own.head_dim or device.capability < 80:
         return "auto"
-    rows = own.batch * own.seqlen_q * own.group
-    return "decode" if rows < PREFIX_ROWS or sinks or own.kv_itemsize == 1 else "forward_sm80"
+    queries = own.batch * own.seqlen_q
+    if queries * own.group < PREFIX_ROWS or sinks or own.kv_itemsize == 1:
+        return "decode"
+    return "auto" if queries > MOST_DECODE_QUERIES else "forward_sm80"
 
 
 def effective_window(problem: Problem) -> tuple[int, int]:

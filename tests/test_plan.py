@@ -234,7 +234,8 @@ def test_the_forward_kernel_splits_keys_where_rows_are_few(kernel, most):
 def test_who_reads_a_shared_prefix():
     device = DEVICES["90a"]
     assert prefix_kernel(make_step(128, batch=15), device, False) == "decode"
-    assert prefix_kernel(make_step(128, batch=16), device, False) == "forward_sm80"
+    assert prefix_kernel(make_step(128, batch=16), device, False) == "forward_sm80", "as few queries would go to decode"
+    assert prefix_kernel(make_step(128, batch=17), device, False) == "auto", "forward_sm90 where that can"
     assert prefix_kernel(make_step(128), device, True) == "decode"
     assert prefix_kernel(make_step(128, kv_dtype="float8_e4m3fn"), device, False) == "decode"
     assert prefix_kernel(make_step(128), DEVICES["75"], False) == "auto"
