@@ -119,6 +119,32 @@ class HopperTile:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperTiles:
+    """Tiles of forward_sm90 for keys and values of up to so many dimensions."""
+
+    head_dim: int
+    few: HopperTile  # with few keys to a sequence
+    many: HopperTile  # with at least so many:
+    many_full: int | None  # without a mask,
+    many_masked: int | None  # and with one
+    packed: HopperTile  # where lengths stay on the device
+    lean: HopperTile  # for few rows, and to look up blocks, shape scores or count splits, which takes registers
+
+    def choose(self, problem: Problem, masked: bool) -> HopperTile:
+        """By what is known of the lengths."""
+        if problem.packed_q:
+            tile = self.packed
+        else:
+            most = self.many_masked if masked else self.many_full
+            tile = self.few if most is None or problem.seqlen_k < most else self.many
+        shaped = problem.softcap or problem.alibi
+        few_rows = not problem.packed_q and problem.seqlen_q * problem.group <= self.lean.rows
+        if tile.consumers == 3 and (problem.cache.kind == "paged" or shaped or few_rows):
+            tile = self.lean
+        return replace(tile, keys=min(tile.keys, HOPPER_KEYS_SHAPED)) if shaped else tile
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeTile:
     """How the warps of one thread block share work in decode, and how many blocks form a worker."""
 
@@ -200,21 +226,58 @@ PRODUCT_ROWS = 64  # of one warpgroup's product on Hopper
 BLOCK_COLUMNS = 64  # of a tile's rows, which lie side by side
 SWIZZLE_BYTES = 1 << 10  # what tiles of forward_sm90 are aligned to
 SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at least
-# Tiles of forward_sm90 by the largest head dimension that they serve, of keys and values: without a mask, or with few
-# keys, and for more keys with one; packed queries take the latter, which leaves loaders more registers.
-# notebooks/results/hopper_tiles.json: with 64 dimensions and a causal mask, tiles of 96 keys have 0.94 of the speed of
-# 128 at seqlen 512, 1.03 times at 1024, 1.05 at 2048, 1.09 at 8192. None of the others there is faster than these.
+# notebooks/results/hopper_tiles.json and hopper_sweep.json: with 64 dimensions and a causal mask, tiles of 96 keys have
+# 0.94 of the speed of 128 at 512 keys, 1.03 times at 1024, 1.09 at 8192; without one they gain from 4096 keys on, 1.03
+# times at 16k. With 192 dimensions 64 keys have 1.12 times the speed of 96 at 512 keys, and 0.96 at 8192. Three
+# warpgroups have 1.05 times the speed of two with 96 dimensions and 8192 keys, and with 128, a causal mask and 16k keys
+# 1.06. None of the other tiles there is faster than these.
 HOPPER_TILES = (
-    (64, HopperTile(3, 128, 3, 2, 64), HopperTile(3, 96, 4, 2, 64)),
-    (96, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
-    (128, HopperTile(2, 128, 2, 2, 128), HopperTile(2, 128, 2, 2, 128)),
-    (192, HopperTile(2, 96, 2, 1, 64), HopperTile(2, 96, 2, 1, 64)),
-    (256, HopperTile(2, 64, 2, 1, 128), HopperTile(2, 64, 2, 1, 128)),
+    HopperTiles(
+        head_dim=64,
+        few=HopperTile(3, 128, 3, 2, 64),
+        many=HopperTile(3, 96, 4, 2, 64),
+        many_full=4096,
+        many_masked=1024,
+        packed=HopperTile(3, 96, 4, 2, 64),
+        lean=HopperTile(2, 128, 3, 2, 64),
+    ),
+    HopperTiles(
+        head_dim=96,
+        few=HopperTile(2, 128, 2, 2, 128),
+        many=HopperTile(3, 80, 2, 2, 128),
+        many_full=1024,
+        many_masked=4096,
+        packed=HopperTile(2, 128, 2, 2, 128),
+        lean=HopperTile(2, 128, 2, 2, 128),
+    ),
+    HopperTiles(
+        head_dim=128,
+        few=HopperTile(2, 128, 2, 2, 128),
+        many=HopperTile(3, 64, 2, 2, 128),
+        many_full=None,
+        many_masked=8192,
+        packed=HopperTile(2, 128, 2, 2, 128),
+        lean=HopperTile(2, 128, 2, 2, 128),
+    ),
+    HopperTiles(
+        head_dim=192,
+        few=HopperTile(2, 64, 2, 2, 64),
+        many=HopperTile(2, 96, 2, 1, 64),
+        many_full=4096,
+        many_masked=4096,
+        packed=HopperTile(2, 96, 2, 1, 64),
+        lean=HopperTile(2, 96, 2, 1, 64),
+    ),
+    HopperTiles(
+        head_dim=256,
+        few=HopperTile(2, 64, 2, 1, 128),
+        many=HopperTile(2, 64, 2, 1, 128),
+        many_full=None,
+        many_masked=None,
+        packed=HopperTile(2, 64, 2, 1, 128),
+        lean=HopperTile(2, 64, 2, 1, 128),
+    ),
 )
-HOPPER_SHORT = 512
-# Up to 64 dimensions where a thread needs more registers than three warpgroups that compute leave it: to look up
-# blocks, to shape scores, to count splits.
-HOPPER_TWO_WARPGROUPS = HopperTile(2, 128, 3, 2, 64)
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
 COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
 INLINE_CAPACITIES = (64, 256, 928)  # indices of an append that fit the 4 KB of a kernel's argument
@@ -299,15 +362,8 @@ def plan(
         shared = 0
     elif name == "forward_sm90":
         splits = _most_splits(problem)
-        if tile is None:
-            wider = max(problem.head_dim, problem.head_dim_v)
-            pair = next(pair for limit, *pair in HOPPER_TILES if wider <= limit)
-            tile = pair[problem.packed_q or (masked and problem.seqlen_k > HOPPER_SHORT)]
-            shaped = problem.softcap or problem.alibi
-            if tile.consumers == 3 and (problem.cache.kind == "paged" or shaped):
-                tile = HOPPER_TWO_WARPGROUPS
-            if shaped:
-                tile = replace(tile, keys=min(tile.keys, HOPPER_KEYS_SHAPED))
+        tiles = _hopper_tiles(problem)
+        tile = tile or tiles.choose(problem, masked)
         group = _packed_group(problem, tile.rows, typical_rows)
         group = group if group <= PRODUCT_ROWS else 1
         reasons = [
@@ -354,7 +410,7 @@ def plan(
             )
     workspace_bytes = COUNTER_BYTES if name == "forward_sm90" else 0
     if splits > 1 and name == "forward_sm90" and tile.consumers == 3 and not insists:
-        return plan(problem, device, kernel, HOPPER_TWO_WARPGROUPS, pairs_per_section)
+        return plan(problem, device, kernel, tiles.lean, pairs_per_section)
     if splits > 1:
         grid *= splits
         results = problem.total_q * problem.num_heads
@@ -390,6 +446,11 @@ def plan(
         query_box=query_box,
         key_box=key_box,
     )
+
+
+def _hopper_tiles(problem: Problem) -> HopperTiles:
+    wider = max(problem.head_dim, problem.head_dim_v)
+    return next(tiles for tiles in HOPPER_TILES if wider <= tiles.head_dim)
 
 
 def _hopper_section(problem: Problem, heads: int) -> int:
@@ -477,8 +538,8 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str:
     if device.capability != 90:
         return f"sm_{device.arch} is no Hopper"
     dims = problem.head_dim, problem.head_dim_v
-    if any(dim % 8 for dim in dims) or max(dims) > HOPPER_TILES[-1][0]:
-        return f"its head dimensions are multiples of 8 up to {HOPPER_TILES[-1][0]}"
+    if any(dim % 8 for dim in dims) or max(dims) > HOPPER_TILES[-1].head_dim:
+        return f"its head dimensions are multiples of 8 up to {HOPPER_TILES[-1].head_dim}"
     if problem.alignment < 16 or problem.out_alignment < 16:
         return "the copy engine wants rows at multiples of 16 bytes"
     if not cache.entries or not cache.rows:

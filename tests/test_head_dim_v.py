@@ -368,7 +368,7 @@ def test_which_kernel_serves(arch):
 
 
 def test_shared_memory_counts_each_head_dim():
-    tile = HOPPER_TILES[-2][1]
+    tile = HOPPER_TILES[-2].few
     columns = {192: 192, 128: 128, 100: 128, 64: 64, 8: 64}
     for head_dim in columns:
         for head_dim_v in columns:
