@@ -123,23 +123,29 @@ class HopperTiles:
     """Tiles of forward_sm90 for keys and values of up to so many dimensions."""
 
     head_dim: int
-    few: HopperTile  # with few keys to a sequence
+    few: HopperTile  # with few keys to a sequence, or few queries
     many: HopperTile  # with at least so many:
-    many_full: int | None  # without a mask,
+    many_queries: int
+    many_full: int | None  # keys without a mask,
     many_masked: int | None  # and with one
+    paged: HopperTile  # the same in blocks that boxes bring
     packed: HopperTile  # where lengths stay on the device
-    lean: HopperTile  # for few rows, and to look up blocks, shape scores or count splits, which takes registers
+    lean: HopperTile  # else: in blocks, for few rows, and to shape scores or count splits, which takes registers
 
     def choose(self, problem: Problem, masked: bool) -> HopperTile:
         """By what is known of the lengths."""
+        most = self.many_masked if masked else self.many_full
+        many = most is not None and problem.seqlen_k >= most and problem.seqlen_q >= self.many_queries
+        paged = problem.cache.kind == "paged"
         if problem.packed_q:
-            tile = self.packed
+            tile = self.lean if paged else self.packed
+        elif paged:
+            tile = self.paged if many and _box_rows(problem, self.paged.keys) else self.lean
         else:
-            most = self.many_masked if masked else self.many_full
-            tile = self.few if most is None or problem.seqlen_k < most else self.many
+            tile = self.many if many else self.few
         shaped = problem.softcap or problem.alibi
         few_rows = not problem.packed_q and problem.seqlen_q * problem.group <= self.lean.rows
-        if tile.consumers == 3 and (problem.cache.kind == "paged" or shaped or few_rows):
+        if tile.consumers == 3 and (shaped or few_rows):
             tile = self.lean
         return replace(tile, keys=min(tile.keys, HOPPER_KEYS_SHAPED)) if shaped else tile
 
@@ -230,14 +236,17 @@ SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at lea
 # 0.94 of the speed of 128 at 512 keys, 1.03 times at 1024, 1.09 at 8192; without one they gain from 4096 keys on, 1.03
 # times at 16k. With 192 dimensions 64 keys have 1.12 times the speed of 96 at 512 keys, and 0.96 at 8192. Three
 # warpgroups have 1.05 times the speed of two with 96 dimensions and 8192 keys, and with 128, a causal mask and 16k keys
-# 1.06. None of the other tiles there is faster than these.
+# 1.06, in blocks of 128 too, but 0.95 in blocks with 1k queries, and 0.96 in blocks of 1. None of the other tiles there
+# is faster than these.
 HOPPER_TILES = (
     HopperTiles(
         head_dim=64,
         few=HopperTile(3, 128, 3, 2, 64),
         many=HopperTile(3, 96, 4, 2, 64),
+        many_queries=1,
         many_full=4096,
         many_masked=1024,
+        paged=HopperTile(2, 128, 3, 2, 64),
         packed=HopperTile(3, 96, 4, 2, 64),
         lean=HopperTile(2, 128, 3, 2, 64),
     ),
@@ -245,8 +254,10 @@ HOPPER_TILES = (
         head_dim=96,
         few=HopperTile(2, 128, 2, 2, 128),
         many=HopperTile(3, 80, 2, 2, 128),
+        many_queries=1024,
         many_full=1024,
         many_masked=4096,
+        paged=HopperTile(2, 128, 2, 2, 128),
         packed=HopperTile(2, 128, 2, 2, 128),
         lean=HopperTile(2, 128, 2, 2, 128),
     ),
@@ -254,8 +265,10 @@ HOPPER_TILES = (
         head_dim=128,
         few=HopperTile(2, 128, 2, 2, 128),
         many=HopperTile(3, 64, 2, 2, 128),
+        many_queries=4096,
         many_full=None,
         many_masked=8192,
+        paged=HopperTile(3, 64, 2, 2, 128),
         packed=HopperTile(2, 128, 2, 2, 128),
         lean=HopperTile(2, 128, 2, 2, 128),
     ),
@@ -263,8 +276,10 @@ HOPPER_TILES = (
         head_dim=192,
         few=HopperTile(2, 64, 2, 2, 64),
         many=HopperTile(2, 96, 2, 1, 64),
+        many_queries=1,
         many_full=4096,
         many_masked=4096,
+        paged=HopperTile(2, 96, 2, 1, 64),
         packed=HopperTile(2, 96, 2, 1, 64),
         lean=HopperTile(2, 96, 2, 1, 64),
     ),
@@ -272,8 +287,10 @@ HOPPER_TILES = (
         head_dim=256,
         few=HopperTile(2, 64, 2, 1, 128),
         many=HopperTile(2, 64, 2, 1, 128),
+        many_queries=1,
         many_full=None,
         many_masked=None,
+        paged=HopperTile(2, 64, 2, 1, 128),
         packed=HopperTile(2, 64, 2, 1, 128),
         lean=HopperTile(2, 64, 2, 1, 128),
     ),

@@ -12,6 +12,7 @@ from cupyattn.plan import (
     DECODE_BATCH,
     DEVICES,
     HOPPER_SECTION,
+    HOPPER_TILES,
     KERNELS,
     STATIC_SHARED,
     HopperTile,
@@ -369,6 +370,26 @@ def test_sections_of_the_hopper_kernel():
         assert min(pairs, least) <= section <= min(pairs, most)
         assert section < 32 or section % 32 == 0, "whole sequences"
         assert plan(make_problem(128, **rows), HOPPER, pairs_per_section=3).pairs_per_section == 3
+
+
+@pytest.mark.parametrize("tiles", HOPPER_TILES, ids=lambda tiles: str(tiles.head_dim))
+def test_hopper_tiles_by_lengths(tiles):
+    """Few keys, many keys, many keys and few rows; in one piece, in blocks for boxes, and in blocks of 1."""
+
+    def chosen(seqlen_q, seqlen_k, kind="dense", block_size=16, window=CAUSAL):
+        lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "packed_q": False, "total_q": 4 * seqlen_q}
+        problem = make_problem(tiles.head_dim, kind, batch=4, window=window, **lengths)
+        return tiles.choose(with_cache(problem, block_size=block_size), window != FULL)
+
+    for most, window in ((tiles.many_masked, CAUSAL), (tiles.many_full, FULL)):
+        assert chosen(512, 512, window=window) == tiles.few
+        if most is not None:
+            longest = max(most, tiles.many_queries)
+            assert chosen(longest, most, window=window) == tiles.many
+            assert chosen(longest, most - 1, window=window) == tiles.few
+            assert chosen(longest, most, "paged", window=window) == tiles.paged
+            assert chosen(longest, most, "paged", block_size=1, window=window) == tiles.lean
+    assert chosen(32, 1 << 16).consumers == 2 and chosen(512, 512, "paged") == tiles.lean
 
 
 def test_a_hopper_tile_may_be_insisted_on():
