@@ -6,6 +6,9 @@ objects of unknown libraries come through DLPack, and those that have nothing el
 `__cuda_array_interface__`. No library is imported before an array of it arrives, no array is copied, and
 nothing waits for the device except `host_array` on a CUDA array.
 
+A process that forks after it has used CUDA leaves its child without it: there arrays on the CPU go on working, and
+arrays on CUDA are refused.
+
 Streams: work on CuPy arrays and on those that come through DLPack runs on CuPy's current stream, work on
 PyTorch tensors on PyTorch's. DLPack and `__cuda_array_interface__` version 3 order the producer's pending work
 before ours on the device, without blocking the host.
@@ -15,12 +18,13 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -117,8 +121,43 @@ def _find_reader(x: Any, name: str) -> Callable[[Any, str], View]:
         refuse(name, _a(kind.__name__), f"{ACCEPTED}, as {made} is", TypeError)
     else:
         refuse(name, _a(kind.__name__) if x is not None else None, ACCEPTED, TypeError)
-    _readers[kind] = reader
+    _readers[kind] = reader = partial(_view_in_child, reader) if _forked else reader
     return reader
+
+
+_forked = False  # whether this process was forked from one that had imported this module
+
+
+def _view_in_child(reader: Callable[[Any, str], View], x: Any, name: str) -> View:
+    """An array in a forked process."""
+    found = reader(x, name)
+    if found.device >= 0 and _cuda_was_lost():
+        came = "an array on CUDA in a process that was forked after CUDA had been used"
+        refuse(name, came, "a process started by 'spawn' or 'forkserver', or an array on the CPU", RuntimeError)
+    return found
+
+
+@cache
+def _cuda_was_lost() -> bool:
+    """CUDA has no context in the fork of a process that has used it."""
+    runtime = _cupy().cuda.runtime
+    try:
+        runtime.memGetInfo()
+    except runtime.CUDARuntimeError:
+        return True
+    return False
+
+
+def _after_fork() -> None:
+    global _forked
+    if not _forked:
+        _forked = True
+        _readers.update({kind: partial(_view_in_child, reader) for kind, reader in _readers.items()})
+    _cuda_was_lost.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _view_numpy(x: np.ndarray, name: str, array: Any = None, library: str = "numpy") -> View:
@@ -191,7 +230,7 @@ def _view_jax(x: Any, name: str) -> View:
         refuse(
             name,
             "a JAX tracer (inside jax.jit, grad or vmap)",
-            "a JAX array with values: call outside the transformation",
+            "a JAX array with values: call outside the transformation, or use cupyattn.integrations.jax inside it",
             TypeError,
         )
     try:

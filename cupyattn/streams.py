@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from .arrays import View, current_device, current_stream, keep_until_done, on_device, other_stream, wait
+from .arrays import (
+    View,
+    current_device,
+    current_stream,
+    device_name,
+    keep_until_done,
+    on_device,
+    other_stream,
+    refuse,
+    wait,
+)
 
 _UNCHANGED = nullcontext()
 
@@ -26,18 +36,29 @@ def in_order(run: Callable[[int], None], like: View, others: Sequence[View | Non
         run(0)
         return
     stream, library = current_stream(like), like.library
-    for found in others:
-        if found is not None and found.library != library:
-            break
-    else:
-        if library == "cupy" or library == "torch":
-            run(stream)
-            return
-    views = [like, *(found for found in others if found is not None and found is not like)]
-    other = other_stream(like, views)
-    if other is not None:
-        wait(stream, other)
-    run(stream)
-    if other is not None:
-        wait(other, stream)
+    try:
+        for found in others:
+            if found is not None and found.library != library:
+                break
+        else:
+            if library == "cupy" or library == "torch":
+                run(stream)
+                return
+        views = [like, *(found for found in others if found is not None and found is not like)]
+        other = other_stream(like, views)
+        if other is not None:
+            wait(stream, other)
+        run(stream)
+        if other is not None:
+            wait(other, stream)
+    except Exception as error:
+        refuse_foreign_stream(error, like.device)
+        raise
     keep_until_done(views, stream)
+
+
+def refuse_foreign_stream(error: Exception, device: int) -> None:
+    """Say what is wrong where CUDA does not know a stream on this device: it is another device's, or gone."""
+    if any(sign in str(error) for sign in ("CUDA_ERROR_INVALID_HANDLE", "cudaErrorInvalidResourceHandle")):
+        came = f"a current stream that is not one of {device_name(device)}'s"
+        refuse("stream", came, f"a stream that was made on {device_name(device)}, where the arrays are")

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ..timing import EventTimer
-from . import bench_cache, bench_decode, bench_prefill
+from . import bench_cache, bench_decode, bench_integrations, bench_prefill
 from .bench_common import clocks, describe_machine, new_figure
 from .device import NO_GPU, see_doctor, why_no_gpu
 from .tiles import sweep
@@ -26,17 +26,19 @@ class Kind(str, Enum):
     prefill = "prefill"
     decode = "decode"
     cache = "cache"
+    integrations = "integrations"
 
 
 def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
-            metavar="[prefill|decode|cache]",
+            metavar="[prefill|decode|cache|integrations]",
             help="prefill: 36 shapes of 16k tokens, heads * head_dim = 2048, and GQA, packed sequences, paged caches, "
             "in TFLOP/s. decode: 40 shapes of a paged cache, block sizes, FP8, uneven lengths, append and shared "
             "prefix, beside the fastest read of as many bytes. cache: allocation of blocks, append, fork, swaps and "
-            "snapshots of a PagedKVCache, beside plain calls, copies and files.",
+            "snapshots of a PagedKVCache, beside plain calls, copies and files. integrations: what the ways in through "
+            "PyTorch and JAX cost.",
         ),
     ] = Kind.prefill,
     json_path: Annotated[
@@ -127,6 +129,7 @@ def bench(
         Kind.prefill: partial(bench_prefill.run, sections=sections),
         Kind.decode: bench_decode.run,
         Kind.cache: partial(bench_cache.run, cache_gb=cache_gb),
+        Kind.integrations: bench_integrations.run,
     }
     report = runs[kind](cupy, machine["gpu"], contenders, rounds, quick, host, console)
     if json_path is not None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from weakref import ref
 import numpy as np
 
 from ..arrays import View, contiguous_strides, numpy_dtype, torch_stream
+from ..streams import refuse_foreign_stream
 from .launches import Launch, launches
 from .operands import Operands
 from .tensor_map import MAP_BYTES
@@ -76,6 +78,7 @@ class Planned:
         self._kept = memory is None
         self._quick = _Quick(operands, self._inputs(operands), lse_shape)
         self._argument()  # a graph may be captured before anything else is run
+        _look_closely_after_fork()
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
@@ -87,6 +90,23 @@ class Planned:
             argument.write(self._template.lse, operands.lse.pointer)
         if operands.uniform_length is not None:
             argument.write(self._template.length, operands.uniform_length)
+        self._enqueue(argument, stream)
+
+    def at(self, addresses: Addresses, out: int, lse: int, length: int, stream: int) -> None:
+        """The same for arrays of the planned forms that are known by their addresses alone.
+
+        lse is 0 and length -1 where the call has none.
+        """
+        argument = self._argument()
+        held = argument.addresses
+        for i, address in enumerate(addresses):
+            if address != held[i]:
+                argument.put(i, address, _never)
+        argument.put_out(out, _never)
+        if lse:
+            argument.write(self._template.lse, lse)
+        if length >= 0:
+            argument.write(self._template.length, length)
         self._enqueue(argument, stream)
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
@@ -191,10 +211,25 @@ class Planned:
             self._check(argument.addresses, argument.out)
             argument.encode_maps()
             argument.checked = True
-        if stream and not self._kept:  # a graph that holds these launches may outlive the plan
-            self._kept = keep_if_captured(self.memory, stream)
-        for launch, location in zip(self._launches, argument.locations):  # noqa: B905 (as above)
-            launch(stream, location, 0)
+        try:
+            if stream and not self._kept:  # a graph that holds these launches may outlive the plan
+                self._kept = keep_if_captured(self.memory, stream)
+            for launch, location in zip(self._launches, argument.locations):  # noqa: B905 (as above)
+                launch(stream, location, 0)
+        except Exception as error:
+            refuse_foreign_stream(error, self._quick.device)
+            raise
+
+
+@cache
+def _look_closely_after_fork() -> None:
+    """A fork of this process has no CUDA: there all arrays are to go the way on which that is said."""
+
+    def quick(planned: Planned, arrays: tuple[Any, ...], length: int, out: Any) -> None:
+        return None
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: setattr(Planned, "quick", quick))
 
 
 def _marked(operands: Operands, roles: tuple[str, ...], lse: bool) -> Operands:

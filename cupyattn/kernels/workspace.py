@@ -31,7 +31,7 @@ class Workspace:
         import cupy
 
         self.size = size
-        with cupy.cuda.Device(device), _outside_capture():
+        with cupy.cuda.Device(device), outside_capture():
             # Not from the pool, whose free memory work queued on the current stream may still be writing.
             self._memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
             stream = cupy.cuda.Stream(non_blocking=True)
@@ -114,7 +114,7 @@ def _capture_id(stream: int) -> int:
     return number.value
 
 
-class _outside_capture:
+class outside_capture:
     """A context in which this thread may allocate and wait although a stream is being captured."""
 
     def __enter__(self) -> None:

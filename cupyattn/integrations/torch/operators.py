@@ -1,0 +1,104 @@
+"""`torch.ops.cupyattn`: the public functions as operators, with fake kernels for PyTorch's tracers.
+
+Arguments are those of the functions, without `out`; some are named otherwise here. Each operator returns (out, lse),
+where the lse is empty unless it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ...arrays import refuse
+from ...attention import attention, attention_varlen, attention_with_kvcache
+
+_NUMBERS = {"cache_seqlens": "uniform_length", "k_scale": "k_scale_number", "v_scale": "v_scale_number"}
+"""What such an argument is called if it is a number: an operator's argument has one type."""
+
+_NAMES = {"kernel": "kernel_name"}  # torch.compile has a "kernel" of its own
+_OTHERWISE = {other: name for name, other in (_NUMBERS | _NAMES).items()}
+
+_MASKS = (
+    "bool causal=False, SymInt[]? window=None, float? softmax_scale=None, float? softcap=None, "
+    'Tensor? alibi_slopes=None, Tensor? sinks=None, bool return_lse=False, str kernel_name="auto", bool? check=None'
+)
+_PACKED = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, "
+    'SymInt? max_seqlen_k=None, Tensor? block_table=None, Tensor? seqused_k=None, str layout="NHD"'
+)
+_STEP = (
+    "Tensor? k=None, Tensor? v=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool rotary_interleaved=True, "
+    "Tensor? cache_seqlens=None, SymInt? uniform_length=None, Tensor? cache_batch_idx=None, "
+    'Tensor? cache_leftpad=None, Tensor? block_table=None, str layout="NHD", str? kv_dtype=None, Tensor? k_scale=None, '
+    "float? k_scale_number=None, Tensor? v_scale=None, float? v_scale_number=None, SymInt num_splits=0"
+)
+
+Given = dict[str, Any]
+Results = tuple[Tensor, Tensor]
+
+
+def _operator(name: str, arguments: str, function: Callable[..., Any], writes: tuple[str, ...] = ()) -> Any:
+    """The operator cupyattn::name, which calls the function."""
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
+
+    def given(values: tuple, more: Mapping[str, Any]) -> Given:
+        return dict(zip(names, values, strict=False)) | more
+
+    def run(*values: Any, **more: Any) -> Results:
+        arguments = {name: value for name, value in given(values, more).items() if value is not None}
+        results = function(**{_OTHERWISE.get(name, name): value for name, value in arguments.items()})
+        return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
+
+    def refuse_recorded(ctx: Any, inputs: tuple, output: Results) -> NoReturn:
+        refuse_gradients(given(inputs, {}))
+        raise AssertionError("PyTorch asks only where something requires gradients")
+
+    operator = torch.library.custom_op(
+        f"cupyattn::{name}", mutates_args=writes, schema=f"({arguments}) -> (Tensor, Tensor)"
+    )(run)
+    operator.register_fake(lambda *values, **more: _fake(given(values, more)))
+    if not writes:  # PyTorch takes no rule for gradients of an operator that writes
+        operator.register_autograd(lambda ctx, *gradients: None, setup_context=refuse_recorded)
+    return operator
+
+
+def _fake(given: Given) -> Results:
+    q, v = given["q"], given["v_cache" if "v_cache" in given else "v"]
+    precise = given.get("kernel_name") == "numpy_float64"
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float64 if precise else q.dtype)
+    if not given.get("return_lse"):
+        return out, q.new_empty(0, dtype=torch.float32)
+    shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(shape, dtype=torch.float64 if precise else torch.float32)
+
+
+def named(options: Given) -> Given:
+    """A function's options by the operators' names."""
+    numbers = {name: other for name, other in _NUMBERS.items() if not isinstance(options.get(name), Tensor)}
+    return {(numbers | _NAMES).get(name, name): value for name, value in options.items()}
+
+
+def refuse_gradients(given: Given) -> None:
+    """Refuse tensors that require gradients, by name."""
+    for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            came = "a tensor that requires grad, while gradients are recorded"
+            without = "a tensor without gradients, as there is no backward pass"
+            refuse(name, came, f"{without}: pass .detach(), or call under torch.no_grad()", TypeError)
+
+
+attend = _operator("attention", f"Tensor q, Tensor k, Tensor v, {_MASKS}", attention)
+attend_packed = _operator("attention_varlen", f"{_PACKED}, {_MASKS}", attention_varlen)
+attend_cached = _operator(
+    "attention_with_kvcache", f"Tensor q, Tensor k_cache, Tensor v_cache, {_STEP}, {_MASKS}", attention_with_kvcache
+)
+# An operator must say beforehand whether it writes: this one is for calls with k and v.
+append_and_attend = _operator(
+    "append_and_attend",
+    f"Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_STEP}, {_MASKS}",
+    attention_with_kvcache,
+    ("k_cache", "v_cache"),
+)
