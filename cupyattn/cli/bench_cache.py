@@ -39,6 +39,7 @@ POOL_BLOCKS = 1 << 16
 BLOCKS_A_CALL = (16, 256, 4096)
 BATCH, CALLS = 256, 100  # sequences of an append; appends in a row, before anything waits for the device
 ROOM = 512  # tokens that each of these sequences may grow by before it is cut back
+CHECKED = 3  # appends whose rows are looked at
 SAVED_LAYERS, SAVED_SEQUENCES = 32, 8
 SWAP_WARMUP = 3  # pinned memory is slow to allocate, and comes back to its pool one swap late
 PERIOD = 8_388_593  # a prime: the bits of a cache repeat, but no two blocks are alike
@@ -278,11 +279,12 @@ class Growing:
         self.left = ROOM
 
     def right(self) -> bool:
-        """Whether an append puts each sequence's row behind what it holds."""
+        """Whether appends put each sequence's row behind what it holds: the first one, and others that follow it."""
         self.cut_back()
-        self.append()
-        rows = [to_host(side[i]).view(np.uint16) for i in range(BATCH) for side in (self.k, self.v)]
-        return same(tails(self.cache, 1), rows) and np.array_equal(self.cache.lengths, self.lengths + 1)
+        for _ in range(CHECKED):
+            self.append()
+        rows = [to_host(side[i]).view(np.uint16).repeat(CHECKED, 0) for i in range(BATCH) for side in (self.k, self.v)]
+        return same(tails(self.cache, CHECKED), rows) and np.array_equal(self.cache.lengths, self.lengths + CHECKED)
 
 
 def tails(cache: PagedKVCache, tokens: int = BLOCK_SIZE) -> list[np.ndarray]:

@@ -170,22 +170,22 @@ class PreparedDecode:
 class PreparedAppend:
     """One append, compiled and loaded for one device; call it with operands and a stream."""
 
-    __slots__ = ("append", "kernel", "_device", "_grid", "_block", "_tail", "_inline")
+    __slots__ = ("append", "kernel", "grid", "block", "tail", "_device", "_inline")
 
     def __init__(self, append: Append, kernel: jit.Kernel, device: int, grid: int, threads: int) -> None:
         self.append = append
         self.kernel = kernel
         self._device = device
         self._inline: dict[int, jit.Kernel] = {}
-        self._grid = (grid,)
-        self._block = (threads,)
-        self._tail = params.append_scalars(append)
+        self.grid = (grid,)
+        self.block = (threads,)
+        self.tail = params.append_scalars(append)
 
     def __call__(self, operands: AppendOperands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
-        if self._grid[0]:
-            argument = params.pack_append(operands, self._tail)
-            enqueue(self.kernel.function, self._grid, self._block, (argument,), 0, stream)
+        if self.grid[0]:
+            argument = params.pack_append(operands, self.tail)
+            enqueue(self.kernel.function, self.grid, self.block, (argument,), 0, stream)
 
     def inline(self, operands: AppendOperands, indices: np.ndarray, stream: int) -> None:
         """The same with index arrays that are on the host, and travel as an argument of the kernel.
@@ -193,15 +193,20 @@ class PreparedAppend:
         indices: int32, at most INLINE_CAPACITIES[-1]: cache_seqlens, behind it block_table, and with packed rows
         cu_seqlens_new behind that. Those of the operands are not looked at.
         """
-        if self._grid[0]:
-            capacity = inline_capacity(len(indices))
-            kernel = self._inline.get(capacity)
-            if kernel is None:
-                defines, arch = plan_append(self.append, capacity)[0], describe_device(self._device).arch
-                kernel = self._inline[capacity] = jit.load("append_kv", defines, arch, "append_kv", self._device, 0)
-            argument = params.pack_append(operands, self._tail)
+        if self.grid[0]:
+            kernel, capacity = self.inline_kernel(len(indices))
+            argument = params.pack_append(operands, self.tail)
             held = np.void(indices.tobytes().ljust(4 * capacity, b"\0"))
-            enqueue(kernel.function, self._grid, self._block, (argument, held), 0, stream)
+            enqueue(kernel.function, self.grid, self.block, (argument, held), 0, stream)
+
+    def inline_kernel(self, indices: int) -> tuple[jit.Kernel, int]:
+        """The kernel that takes so many indices as an argument, and the room for them there."""
+        capacity = inline_capacity(indices)
+        kernel = self._inline.get(capacity)
+        if kernel is None:
+            defines, arch = plan_append(self.append, capacity)[0], describe_device(self._device).arch
+            kernel = self._inline[capacity] = jit.load("append_kv", defines, arch, "append_kv", self._device, 0)
+        return kernel, capacity
 
 
 class PreparedSteps:

@@ -88,12 +88,15 @@ class BlockAllocator:
         self.hashes = np.zeros(num_blocks, np.uint64)
         self.cached = np.zeros(num_blocks, bool)
         self.tokens = np.zeros((num_blocks, block_size), np.int64)
-        self._stack = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # the free ones are the first num_free
+        self._stack = np.arange(num_blocks)[::-1].copy()  # the free ones are the first num_free
         self._place = np.zeros(num_blocks, np.intp)  # scratch
         self._evictable: OrderedDict[int, None] = OrderedDict()  # the one longest out of use first
         self._found: dict[int, int] = {}  # hash -> the cached block
+        self._twins: dict[int, list[int]] = {}  # content -> used blocks that have it as well, but are not cached
         self._hash = hash_function
         self._last_content = 0
+        self._sharings = 0  # calls that gave references to blocks which may have had some
+        self._before: tuple[Any, ...] = ()  # what `_undo` needs of the last call of `allocate`
         self._num_free, self._used, self._peak = num_blocks, 0, 0
         self._allocated = self._hits = self._misses = self._collisions = self._evictions = 0
 
@@ -105,14 +108,37 @@ class BlockAllocator:
         Raises OutOfBlocks, and takes none, if so many are neither free nor evictable.
         """
         count = count_of("count", count)
-        if count > self._num_free:
-            self._evict(count)
+        free, evicted = self._num_free, ()
+        if count > free:
+            evicted = self._evict(count)
+        self._before = free, self._peak, self.pressure, evicted
         self._num_free -= count
-        blocks = self._stack[self._num_free : self._num_free + count][::-1].copy()
+        blocks = self._stack[self._num_free : self._num_free + count][::-1]
         self.ref_counts[blocks] = 1
         self._allocated += count
         self._count_used(count)
-        return blocks
+        return blocks.astype(np.int32)
+
+    def _undo(self, blocks: np.ndarray) -> None:
+        """Take the last call here, `allocate`, back, which gave these blocks; nobody has written into them.
+
+        Other than after `free`, what was evicted for them is known as before, and the statistics know nothing of it.
+        """
+        self.ref_counts[blocks] = 0
+        self._used -= len(blocks)
+        self._allocated -= len(blocks)
+        self._num_free, self._peak, self.pressure, evicted = self._before
+        for block, content in reversed(evicted):
+            key = int(self.hashes[block])
+            heir = self._found.get(key)
+            if heir is not None:
+                self.cached[heir] = False
+                self._twins.setdefault(content, []).insert(0, heir)
+            self._found[key] = block
+            self.cached[block], self.contents[block] = True, content
+            self._evictable[block] = None
+            self._evictable.move_to_end(block, last=False)
+        self._evictions -= len(evicted)
 
     def share(self, blocks: Blocks) -> None:
         """Add a reference to each of these blocks, which are used; one that is named twice gets two.
@@ -121,7 +147,12 @@ class BlockAllocator:
         """
         ids = self._ids(blocks)
         self._check_used(ids)
-        np.add.at(self.ref_counts, ids, _ONE)
+        self._refer(ids)
+
+    def _refer(self, ids: np.ndarray, times: int = 1) -> None:
+        """Add references to blocks that are known to be used: intp (n,)."""
+        np.add.at(self.ref_counts, ids, np.int32(times))
+        self._sharings += 1
 
     def free(self, blocks: Blocks) -> None:
         """Give a reference to each of these blocks back; for one that is named twice, two.
@@ -134,23 +165,26 @@ class BlockAllocator:
         ids = self._ids(blocks)
         np.subtract.at(self.ref_counts, ids, _ONE)
         left = self.ref_counts[ids]
-        if left.min(initial=0) < 0:
-            np.add.at(self.ref_counts, ids, _ONE)
-            bad = int(ids[left < 0][0])
-            came = f"block {bad} given back more often than its {self.ref_counts[bad]} references"
-            raise DoubleFree(f"blocks: got {came}, expected one reference for each time that a block is named")
-        ended = ids[left == 0]
-        if len(ended):
-            self._end(ended)
+        if np.count_nonzero(left):
+            if left.min() < 0:
+                np.add.at(self.ref_counts, ids, _ONE)
+                bad = int(ids[left < 0][0])
+                came = f"block {bad} given back more often than its {self.ref_counts[bad]} references"
+                raise DoubleFree(f"blocks: got {came}, expected one reference for each time that a block is named")
+            ids = ids[left == 0]
+        if len(ids):
+            self._end(ids)
 
     def _end(self, ids: np.ndarray) -> None:
         """Sort blocks without a reference into free and evictable ones. They may be named more than once."""
         order = np.arange(len(ids))
         self._place[ids] = order
-        ids = ids[self._place[ids] == order]
+        last = self._place[ids] == order
+        if np.count_nonzero(last) < len(ids):
+            ids = ids[last]
         self._count_used(-len(ids))
         kept = self.cached[ids]
-        if kept.any():
+        if np.count_nonzero(kept):
             for block in ids[kept][::-1].tolist():
                 self._evictable[block] = None
             ids = ids[~kept]
@@ -161,19 +195,24 @@ class BlockAllocator:
         self._stack[self._num_free : self._num_free + len(ids)] = ids[::-1]  # the first is taken first
         self._num_free += len(ids)
 
-    def _evict(self, asked: int) -> None:
-        """Make `asked` blocks free."""
+    def _evict(self, asked: int) -> list[tuple[int, int]]:
+        """Make `asked` blocks free. Returns those that were evicted for it and their contents, in that order."""
         missing = asked - self._num_free
         if missing > len(self._evictable):
             raise OutOfBlocks(asked, self._num_free, len(self._evictable))
         evicted = [self._evictable.popitem(last=False)[0] for _ in range(missing)]
+        contents = self.contents[evicted].tolist()
         self._lose(evicted)
         self._push(evicted)
         self._evictions += missing
+        for content in contents:
+            self._inherit(content)
+        return list(zip(evicted, contents, strict=True))
 
     def _count_used(self, change: int) -> None:
         self._used += change
-        self._peak = max(self._peak, self._used)
+        if self._used > self._peak:
+            self._peak = self._used
         if self._used > self.high_watermark * self.num_blocks:
             self.pressure = True
         elif self._used <= self.low_watermark * self.num_blocks:
@@ -199,13 +238,15 @@ class BlockAllocator:
         for block in revived.tolist():
             del self._evictable[block]
         self.ref_counts[blocks] += _ONE
+        self._sharings += len(blocks) > 0
         self._count_used(len(revived))
         return blocks
 
     def commit(self, blocks: Blocks, tokens: Sequence[int] | np.ndarray, parent: int | None = None) -> None:
         """Say that these full blocks hold the keys and values of these tokens, so that `match` finds them.
 
-        Where another block is known by the same content already, that one goes on being found.
+        Where another block is known by the same content already, that one goes on being found, and this one when the
+        other is gone.
 
         Args:
             blocks: used blocks, in order and all different.
@@ -232,18 +273,22 @@ class BlockAllocator:
         hits = len(known)
         if hits:
             same, contents = ids[:hits], self.contents[known]
-            self.forget(same[same != known])
+            twins = same != known
+            self.forget(same[twins])
             self.contents[same], self.parents[same] = contents, np.concatenate([[content], contents])[:-1]
             self.hashes[same], self.tokens[same] = np.array(keys[:hits], np.uint64), rows[:hits]
+            for block, held in zip(same[twins].tolist(), contents[twins].tolist(), strict=True):
+                others = [other for other in self._twins.get(held, ()) if other != block and self._is_twin(other, held)]
+                self._twins[held] = [*others, block]
             content = int(contents[-1])
         self.forget(ids[hits:])
         self._record(ids[hits:], rows[hits:], keys[hits:], content)
 
     def _record(self, ids: np.ndarray, rows: np.ndarray, keys: list[int], content: int) -> None:
         """Blocks of new content, each behind the one before it and the first behind `content`."""
-        for key in (
-            self._found.keys() & keys
-        ):  # a chance collision, or what is left of a sequence whose beginning was evicted
+        # A chance collision, or what is left of a sequence whose beginning was evicted.
+        for key in self._found.keys() & keys:
+            self._twins.pop(int(self.contents[self._found[key]]), None)
             self._drop(self._found[key])
         if len({*keys}) < len(keys):  # a collision among these: the blocks up to it are kept
             count = next(i for i, key in enumerate(keys) if key in keys[:i])
@@ -266,10 +311,14 @@ class BlockAllocator:
     def forget(self, blocks: Blocks) -> None:
         """These blocks are about to hold something else: `match` no longer finds them. They stay what they are."""
         ids = self._ids(blocks)
-        if self.contents[ids].any():
-            for block in ids[self.cached[ids]].tolist():
+        contents = self.contents[ids]
+        if contents.any():
+            cached = self.cached[ids]
+            for block in ids[cached].tolist():
                 self._drop(block)
             self.contents[ids] = 0
+            for content in contents[cached].tolist():
+                self._inherit(content)
 
     def _drop(self, block: int) -> None:
         """Let a cached block no longer be found."""
@@ -277,6 +326,20 @@ class BlockAllocator:
         if block in self._evictable:
             del self._evictable[block]
             self._push([block])
+
+    def _inherit(self, content: int) -> None:
+        """Let a block be found whose cached twin is gone; what follows this content goes on being found then."""
+        twins = [block for block in self._twins.pop(content, ()) if self._is_twin(block, content)]
+        if twins:
+            heir, *others = twins
+            self.cached[heir] = True
+            self._found[int(self.hashes[heir])] = heir
+            if others:
+                self._twins[content] = others
+
+    def _is_twin(self, block: int, content: int) -> bool:
+        """Whether a block still has a content, and is not the one that is found by it."""
+        return bool(self.contents[block] == content and not self.cached[block])
 
     def _lose(self, blocks: list[int]) -> None:
         for key in self.hashes[blocks].tolist():
@@ -286,9 +349,7 @@ class BlockAllocator:
 
     def _rows(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The full blocks of tokens: int64 (n, block_size)."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            refuse("tokens", f"{tokens.dtype} of shape {tokens.shape}", "a 1-D array of integers", TypeError)
+        tokens = token_ids(tokens)
         full = len(tokens) // self.block_size
         return tokens[: full * self.block_size].astype(np.int64).reshape(full, self.block_size)
 
@@ -319,7 +380,7 @@ class BlockAllocator:
     @property
     def free_blocks(self) -> np.ndarray:
         """The free blocks, int32, in the order in which they will be taken."""
-        return self._stack[: self._num_free][::-1].copy()
+        return self._stack[: self._num_free][::-1].astype(np.int32)
 
     @property
     def evictable_blocks(self) -> np.ndarray:
@@ -352,9 +413,13 @@ class BlockAllocator:
         ids = np.asarray(blocks)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             refuse("blocks", f"{ids.dtype} of shape {ids.shape}", "a 1-D array of integers", TypeError)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_blocks:
-            refuse("blocks", f"{ids.min()} to {ids.max()}", f"0 to {self.num_blocks - 1}", IndexError)
-        return ids.astype(np.intp)
+        found = ids.astype(np.intp)
+        if found.size:
+            # Of unsigned numbers the negative ones are the greatest; argmax takes a third of the time of max.
+            unsigned = found.view(np.uintp)
+            if unsigned[unsigned.argmax()] >= self.num_blocks:
+                refuse("blocks", f"{ids.min()} to {ids.max()}", f"0 to {self.num_blocks - 1}", IndexError)
+        return found
 
     def _check_used(self, ids: np.ndarray) -> None:
         counts = self.ref_counts[ids]
@@ -366,14 +431,26 @@ def _is_block(found: int | None) -> bool:
     return found is not None
 
 
+def token_ids(tokens: Any) -> np.ndarray:
+    """Token ids as a NumPy array of integers (n,); refuses what is none."""
+    found = np.asarray(tokens)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        refuse("tokens", f"{found.dtype} of shape {found.shape}", "a 1-D array of integers", TypeError)
+    if found.dtype == np.uint64 and found.max(initial=0) > np.iinfo(np.int64).max:
+        refuse("tokens", int(found.max()), "less than 2**63")
+    return found
+
+
 def count_of(name: str, value: Any, least: int = 0) -> int:
     """A number of things as an int; refuses what is none or too few."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        refuse(name, repr(value), "an int", TypeError)
+    number = value
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            number = operator.index(value)
+        except TypeError:
+            refuse(name, repr(value), "an int", TypeError)
     if number < least:
         refuse(name, number, f"at least {least}")
     return number

@@ -54,14 +54,14 @@ class BlockTable:
     ) -> None:
         block_size, max_blocks = count_of("block_size", block_size, 1), count_of("max_blocks", max_blocks)
         lengths = _lengths("seqlens", seqlens)
+        if not hasattr(blocks, "__len__"):
+            refuse("blocks", type(blocks).__name__, "a row of block ids for each sequence", TypeError)
         if len(blocks) != len(lengths):
             refuse("blocks", f"{len(blocks)} rows", f"{len(lengths)}, one for each of seqlens")
         counts = -(-lengths // block_size)
         host = np.full((len(lengths), max(max_blocks, counts.max(initial=0))), PADDING, np.int32)
         for b, (row, count) in enumerate(zip(blocks, counts.tolist(), strict=True)):
-            if len(row) < count:
-                refuse(f"blocks[{b}]", f"{len(row)} blocks", f"{count} for {lengths[b]} tokens")
-            host[b, :count] = _block_ids(f"blocks[{b}]", row[:count])
+            host[b, :count] = _block_ids(f"blocks[{b}]", row, count)
         self._set(host, lengths, block_size, transfer_to(device), None)
 
     def _set(
@@ -73,18 +73,20 @@ class BlockTable:
         stream: int | None,
     ) -> None:
         self.block_size = block_size
+        self._of_a_cache = False
         self._host, self._lengths, self._transfer = host, lengths, transfer
         self._sent_lengths: Array | None = None
         with transfer.current() as current:
             self._array = transfer.send(host, current if stream is None else stream)
 
     @classmethod
-    def _of(
+    def _of_cache(
         cls, host: np.ndarray, lengths: np.ndarray, block_size: int, transfer: HostTransfer | DeviceTransfer
     ) -> BlockTable:
-        """A table of what is known to fit: host int32 (batch, max_blocks), lengths int64 (batch,), both its own."""
+        """A table that a cache keeps up to date: host int32 (batch, max_blocks), lengths int64 (batch,), its own."""
         table = object.__new__(cls)
         table._set(host, lengths, block_size, transfer, None)
+        table._of_a_cache = True
         return table
 
     # ------------------------------------------------------------------------------------------- conversions
@@ -152,6 +154,9 @@ class BlockTable:
 
     def to_flash_attn(self, padding: int = 0) -> tuple[Array, Array]:
         """(block_table (batch, max_blocks), cache_seqlens (batch,)), int32: copies, with another padding than -1."""
+        padding = count_of("padding", padding, -INT32_MAX - 1)
+        if padding > INT32_MAX:
+            refuse("padding", padding, "an int32")
         host = np.where(self._host == PADDING, np.int32(padding), self._host)
         with self._transfer.current() as stream:
             return self._transfer.send(host, stream), self._transfer.send(self._lengths.astype(np.int32), stream)
@@ -163,8 +168,11 @@ class BlockTable:
     ) -> None:
         """Make these rows say something else: `blocks` and `seqlens` as in the class, an entry for each of `rows`.
 
-        Work is queued on CuPy's current stream, which must be the one that reads the table, or ordered with it.
+        Work is queued on CuPy's current stream, which must be the one that reads the table, or ordered with it. A table
+        that `PagedKVCache.block_table` gave is not to be updated: ValueError.
         """
+        if self._of_a_cache:
+            refuse("update", "a table of a PagedKVCache, which keeps it as the cache is", "a BlockTable made by itself")
         index = _integers("rows", rows)
         if len(index) and not 0 <= index.min() <= index.max() < len(self):
             refuse("rows", f"{index.min()} to {index.max()}", f"0 to {len(self) - 1}", IndexError)
@@ -197,6 +205,11 @@ class BlockTable:
             self._host[rows[row], column] = values  # only now: what failed is to be sent again
             self._note_lengths(rows, lengths)
 
+    def _set_lengths(self, lengths: np.ndarray) -> None:
+        """Other lengths of all sequences, of as many blocks each: int64 (batch,), the table's own."""
+        if not np.array_equal(lengths, self._lengths):
+            self._lengths, self._sent_lengths = lengths, None
+
     def _note_lengths(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         self._lengths[rows] = lengths
         self._sent_lengths = None
@@ -206,6 +219,7 @@ class BlockTable:
 
         exclusive: nor do two sequences share one. Raises ValueError that names sequence and block.
         """
+        num_blocks = count_of("num_blocks", num_blocks)
         used = np.arange(self.max_blocks) < self.counts[:, None]
         ids = np.where(used, self._host, 0)
         bad = np.argwhere((ids < 0) | (ids >= num_blocks))
@@ -327,8 +341,14 @@ def _lengths(name: str, array: Any) -> np.ndarray:
     return lengths
 
 
-def _block_ids(name: str, row: Any) -> np.ndarray:
+def _block_ids(name: str, row: Any, count: int) -> np.ndarray:
+    """The first `count` of a row, which are ids; those behind them may be anything."""
     ids = np.asarray(row)
+    if ids.ndim != 1:
+        refuse(name, f"shape {ids.shape}", "a 1-D row of block ids", TypeError)
+    if len(ids) < count:
+        refuse(name, f"{len(ids)} blocks", f"{count}, as seqlens says")
+    ids = ids[:count]
     if ids.size and ids.dtype.kind not in "iu":
         refuse(name, ids.dtype, "integers", TypeError)
     if ids.size and not 0 <= ids.min() <= ids.max() <= INT32_MAX:

@@ -10,26 +10,25 @@ from __future__ import annotations
 import operator
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-from ..arrays import View, device_name, host_array, refuse, view
-from ..attention import all_append_operands, find_append, rotary_and_scales
-from ..kernels.operands import AppendOperands
+from ..arrays import host_array, refuse, view
 from ..problem import FLOAT_DTYPES, FP8_DTYPES, MAX_HEAD_DIM
 from ..ragged import RaggedArray
-from ..streams import device_of, in_order
 from . import snapshots
-from .allocator import BlockAllocator, count_of
+from .allocator import BlockAllocator, count_of, token_ids
 from .block_map import block_map
 from .block_table import INT32_MAX, PADDING, BlockTable
 from .errors import DoubleFree, SwappedOut, UnknownSequence, UseAfterFree
+from .new_rows import new_rows, per_sequence
 from .report import CacheReport, report
 from .store import DeviceStore, Form, HostStore, Pair
-from .transfer import device_number, index_view
+from .transfer import device_number
+from .writing import Decoding, Writing
 
 Array = Any  # an array of NumPy, CuPy, PyTorch, JAX, or of any library that speaks DLPack
 Sequences = int | Sequence[int] | np.ndarray
@@ -44,7 +43,7 @@ class _Held:
 
 
 @dataclass(slots=True)
-class _Growth:
+class Growth:
     """Room that was made for new tokens of some sequences, and what it takes to give it back."""
 
     slots: np.ndarray
@@ -54,14 +53,15 @@ class _Growth:
     at: tuple[np.ndarray, np.ndarray]  # rows and columns of the table where these are
     copied: np.ndarray  # shared blocks that were at the first of these places, and are to be copied
     overwritten: np.ndarray  # blocks that are written to though they were full once
+    written: bool = False  # whether new blocks hold copies already
 
 
 @dataclass(slots=True)
 class _Tabled:
     """A BlockTable that was handed out, and up to which change it follows the cache."""
 
+    key: tuple[tuple[int, ...], int]  # seqs and max_blocks
     table: BlockTable
-    slots: np.ndarray
     change: int
 
 
@@ -150,11 +150,13 @@ class PagedKVCache:
         self._spare: list[int] = []
         self._lengths = np.zeros(0, np.int64)
         self._table = np.full((0, 1), PADDING, np.int32)  # as many blocks as the length needs, then padding
-        self._changed = np.zeros(0, np.int64)  # when a row was last changed
+        self._changed = np.zeros(0, np.int64)  # when a row was last changed,
+        self._moved = np.zeros(0, np.int64)  # and when its blocks were
         self._change = 0
         self._away: dict[int, tuple[_Held, np.ndarray]] = {}  # slot: what is swapped out, as numbers of blocks in it
-        self._tables: OrderedDict[tuple[int, ...], _Tabled] = OrderedDict()
-        self._last_asked: tuple[Any, np.ndarray] | None = None
+        self._tables: OrderedDict[tuple[tuple[int, ...], int], _Tabled] = OrderedDict()  # last asked for, last
+        self._last_asked: tuple[list[int], np.ndarray] | None = None
+        self._decoding: Decoding | None = None
 
     # ------------------------------------------------------------------------------------ sequences come and go
 
@@ -167,7 +169,7 @@ class PagedKVCache:
         """
         blocks = np.empty(0, np.int32)
         if tokens is not None:
-            blocks = self.allocator.match(np.asarray(tokens)[..., :-1])
+            blocks = self.allocator.match(token_ids(tokens)[:-1])
         slot = self._new_slot(len(blocks))
         self._table[slot, : len(blocks)] = blocks
         self._lengths[slot] = len(blocks) * self.block_size
@@ -188,20 +190,21 @@ class PagedKVCache:
             del self._slot_of[seq]
         self._table[slots] = PADDING
         self._lengths[slots] = 0
+        self._touch(slots, slots)
         self._spare += slots.tolist()
         self._last_asked = None
-        for key in [key for key in self._tables if not self._slot_of.keys() >= {*key}]:
+        for key in [key for key in self._tables if not self._slot_of.keys() >= {*key[0]}]:
             del self._tables[key]
 
     def fork(self, seq: int, count: int | None = None) -> Any:
         """A new sequence, or a list of `count`, that goes on from where seq is. Nothing is copied now: all blocks are
         shared, and of a last block that is not full each sequence gets its own when it writes into it."""
-        (slot,) = self._slots(seq)
+        slot = self._slot(seq)
         wanted = 1 if count is None else count_of("count", count)
         blocks = self._blocks(slot)
+        self.allocator._refer(blocks.astype(np.intp), wanted)
         made = []
         for _ in range(wanted):
-            self.allocator.share(blocks)
             new = self._new_slot(len(blocks))
             self._table[new, : len(blocks)] = blocks
             self._lengths[new] = self._lengths[slot]
@@ -230,12 +233,12 @@ class PagedKVCache:
         self.allocator.share(self._blocks_of(sources))
         self.allocator.free(self._blocks_of(targets))
         self._table[targets], self._lengths[targets] = self._table[sources], self._lengths[sources]
-        self._touch(targets)
+        self._touch(targets, targets)
 
     def truncate(self, seqs: Sequences, lengths: int | Sequence[int] | np.ndarray) -> None:
         """Keep only the first `lengths` tokens of sequences, one number for all or one for each."""
         slots = self._slots(seqs)
-        wanted = self._per_sequence("lengths", lengths, slots)
+        wanted = per_sequence("lengths", lengths, len(slots))
         held = self._lengths[slots]
         bad = np.flatnonzero(wanted > held)
         if len(bad):
@@ -247,7 +250,7 @@ class PagedKVCache:
         self.allocator.free(self._table[slots[row], column])
         self._table[slots[row], column] = PADDING
         self._lengths[slots] = wanted
-        self._touch(slots)
+        self._touch(slots, slots[row])
 
     # ------------------------------------------------------------------------------------------------- growing
 
@@ -263,7 +266,8 @@ class PagedKVCache:
     ) -> None:
         """Write new keys and values behind what sequences hold, in one launch of the append kernel.
 
-        Blocks that are shared and would be written into are copied before, in one launch for all.
+        Blocks that are shared and would be written into are copied before, in one launch for all. A token each for the
+        same sequences as in the last call, and in the same form, is ready to be launched.
 
         Args:
             k, v: (batch, seqlen_new, kv_heads, head_dim); or with lengths packed (total, kv_heads, head_dim); or
@@ -273,13 +277,21 @@ class PagedKVCache:
             lengths: (batch,) rows of each sequence in packed k and v.
             k_scale, v_scale: for an FP8 cache, as in `append_kv`.
         """
-        slots = self._slots(seqs)
-        rows = self._new_rows(k, v, slots, lengths, self.num_layers)
-        launch = self._prepare_write(rows, slots, range(self.num_layers), k_scale, v_scale)
+        seqs = seqs if type(seqs) is list else _listed(seqs)
+        going_on = self._decoding
+        if going_on is not None and lengths is None and _equal(seqs, going_on.seqs):
+            if going_on.step(self, k, v, k_scale, v_scale):
+                return
+        slots, layers = self._slots(seqs), self.num_layers
+        rows = new_rows(self._form, self._store.transfer.device, k, v, len(slots), lengths, layers)
+        writing = Writing(self, slots, rows, range(layers), k_scale, v_scale)
         growth = self._reserve(slots, rows.new)
         with _Undone(self, growth):
-            launch(growth.start, growth)
+            writing.launch(growth.start, growth)
         self._finish(growth)
+        by_number = writing.operands.k_scale is None and writing.operands.v_scale is None
+        if len(slots) and not rows.packed and rows.new == 1 and by_number:
+            self._decoding = Decoding([*seqs], writing, growth.end, (k_scale, v_scale))
 
     def extend(self, seqs: Sequences, new: int | Sequence[int] | np.ndarray) -> Array:
         """Make sequences longer by `new` tokens, whose keys and values are yet to be written, and return the lengths
@@ -288,7 +300,7 @@ class PagedKVCache:
         Those are the `cache_seqlens` of an `attention_with_kvcache` that appends in its own launch.
         """
         slots = self._slots(seqs)
-        new = self._per_sequence("new", new, slots)
+        new = per_sequence("new", new, len(slots))
         growth = self._reserve(slots, new)
         with _Undone(self, growth), self._store.transfer.current() as stream:
             self._copy_shared(growth, stream)
@@ -315,7 +327,7 @@ class PagedKVCache:
         layer = count_of("layer", layer)
         if layer >= self.num_layers:
             refuse("layer", layer, f"0 to {self.num_layers - 1}", IndexError)
-        rows = self._new_rows(k, v, slots, lengths, 1)
+        rows = new_rows(self._form, self._store.transfer.device, k, v, len(slots), lengths, 1)
         held = self._lengths[slots]
         start = held - rows.new
         if len(bad := np.flatnonzero(start < 0)):
@@ -325,7 +337,7 @@ class PagedKVCache:
         shared = written[self.allocator.ref_counts[written] > 1]
         if len(shared):
             refuse("seqs", f"sequences that share block {shared[0]}", "sequences that were not forked since `extend`")
-        self._prepare_write(rows, slots, range(layer, layer + 1), k_scale, v_scale)(start, None)
+        Writing(self, slots, rows, range(layer, layer + 1), k_scale, v_scale).launch(start)
         self._forget(written)
 
     def commit(self, seq: int, tokens: Sequence[int] | np.ndarray) -> None:
@@ -334,8 +346,8 @@ class PagedKVCache:
         tokens: the ids of the sequence from its beginning; all that the sequence holds, or fewer. Call it when the keys
         and values of all layers are written.
         """
-        (slot,) = self._slots(seq)
-        tokens = np.asarray(tokens)
+        slot = self._slot(seq)
+        tokens = token_ids(tokens)
         full = min(len(tokens), int(self._lengths[slot])) // self.block_size
         blocks = self._table[slot, :full]
         unknown = np.flatnonzero(self.allocator.contents[blocks] == 0)
@@ -364,7 +376,7 @@ class PagedKVCache:
             self._away[slot] = held, inverse[start:stop]
         self._table[slots] = PADDING
         self._last_asked = None
-        self._touch(slots)
+        self._touch(slots, slots)
 
     def swap_in(self, seqs: Sequences) -> None:
         """Bring sequences back from host memory, in one launch for each `swap_out` that they left with.
@@ -380,12 +392,14 @@ class PagedKVCache:
         picks = [np.unique(np.concatenate([self._away[slot][1] for slot in group])) for group in groups.values()]
         blocks = self.allocator.allocate(sum(map(len, picks)))
         parts = np.split(blocks, np.cumsum([len(pick) for pick in picks])[:-1]) if picks else []
+        undo = self.allocator._undo
         try:
             with self._store.transfer.current() as stream:
                 for group, pick, part in zip(groups.values(), picks, parts, strict=True):
                     self._store.swap_in(self._away[group[0]][0].blocks, pick, part, stream)
+                    undo = self.allocator.free  # what was evicted is gone
         except BaseException:
-            self.allocator.free(blocks)
+            undo(blocks)
             raise
         for group, pick, part in zip(groups.values(), picks, parts, strict=True):
             for slot in group:
@@ -394,7 +408,7 @@ class PagedKVCache:
                 self._widen(len(own))
                 self._table[slot, : len(own)] = own
         self.allocator.free(blocks)
-        self._touch(slots)
+        self._touch(slots, slots)
 
     # -------------------------------------------------------------------------------------- snapshots, inspection
 
@@ -435,30 +449,44 @@ class PagedKVCache:
     def block_table(self, seqs: Sequences, *, max_blocks: int = 0) -> BlockTable:
         """The blocks of sequences, in that order, int32 (batch, max_blocks) on the cache's device.
 
-        The same seqs give the same BlockTable again, brought up to date in place by one launch, so that a CUDA graph
-        that reads it stays right. It becomes wider, at another address, by doubling.
+        The same arguments give the same BlockTable again, brought up to date in place by one launch, so that a CUDA
+        graph that reads it stays right; of 16 tables, those last asked for. It becomes wider, at another address, by
+        doubling. Only the cache changes it.
 
         max_blocks: columns that there are at least.
         """
         slots = self._slots(seqs)
-        key = tuple(_listed(seqs))
-        width = int(self._num_blocks_for(self._lengths[slots]).max(initial=0))
-        found = self._tables.get(key)
-        if found is None or found.table.max_blocks < max_blocks:
-            columns = max(max_blocks, min(1 << max(width - 1, 7).bit_length(), self.num_blocks))
-            host = np.full((len(slots), columns), PADDING, np.int32)
-            host[:, :width] = self._table[slots, :width]
-            table = BlockTable._of(host, self._lengths[slots], self.block_size, self._store.transfer)
-            found = self._tables[key] = _Tabled(table, slots, self._change)
-            if len(self._tables) > KEPT_TABLES:
-                self._tables.popitem(last=False)
-        elif found.change < self._change:
-            stale = np.flatnonzero(self._changed[slots] > found.change)
-            if len(stale):
-                found.table._update(stale, self._table[slots[stale], :width], self._lengths[slots[stale]])
+        key = tuple(seqs if type(seqs) is list else _listed(seqs)), count_of("max_blocks", max_blocks)
+        found = self._tables.get(key) or self._wide_enough(*key) or self._new_table(key, slots)
+        self._tables.move_to_end(found.key)
+        if found.change < self._change:
+            moved = (self._moved[slots] > found.change).nonzero()[0]
+            lengths = self._lengths[slots]
+            if len(moved):
+                width = int(self._num_blocks_for(lengths[moved]).max())
+                found.table._update(moved, self._table[slots[moved], :width], lengths[moved])
+            found.table._set_lengths(lengths)
             found.change = self._change
-        self._tables.move_to_end(key)
         return found.table
+
+    def _wide_enough(self, seqs: tuple[int, ...], columns: int) -> _Tabled | None:
+        """A table of these sequences that was asked for with another number of columns."""
+        for (others, _), found in self._tables.items():
+            if others == seqs and found.table.max_blocks >= columns:
+                return found
+        return None
+
+    def _new_table(self, key: tuple[tuple[int, ...], int], slots: np.ndarray) -> _Tabled:
+        lengths = self._lengths[slots]
+        width = int(self._num_blocks_for(lengths).max(initial=0))
+        columns = max(key[1], min(1 << max(width - 1, 7).bit_length(), self.num_blocks))
+        host = np.full((len(slots), columns), PADDING, np.int32)
+        host[:, :width] = self._table[slots, :width]
+        table = BlockTable._of_cache(host, lengths, self.block_size, self._store.transfer)
+        found = self._tables[key] = _Tabled(key, table, self._change)
+        if len(self._tables) > KEPT_TABLES:
+            self._tables.popitem(last=False)
+        return found
 
     def seqlens(self, seqs: Sequences) -> Array:
         """Tokens of each sequence, int32 (batch,), a new array on the cache's device."""
@@ -470,13 +498,15 @@ class PagedKVCache:
 
     def length(self, seq: int) -> int:
         """Tokens that a sequence holds, wherever it lies."""
-        return int(self._lengths[self._slots(seq, away=True)[0]])
+        return int(self._lengths[self._slot(seq, away=True)])
 
     def __getitem__(self, key: int | tuple[int, slice]) -> Pair:
         """`cache[seq]`, `cache[seq, a:b]`: keys and values of a sequence, or of its tokens a to b - 1, as contiguous
         copies (tokens, kv_heads, head_dim), with several layers (num_layers, …). One launch."""
-        seq, tokens = key if isinstance(key, tuple) and len(key) == 2 else (key, slice(None))
-        (slot,) = self._slots(seq)
+        if isinstance(key, tuple) and len(key) != 2:
+            refuse("index", f"{len(key)} of them", "a sequence, or a sequence and a slice a:b of tokens", TypeError)
+        seq, tokens = key if isinstance(key, tuple) else (key, slice(None))
+        slot = self._slot(seq)
         if not isinstance(tokens, slice) or tokens.step not in (None, 1):
             refuse("index", repr(tokens), "a slice a:b of tokens", TypeError)
         start, stop, _ = tokens.indices(int(self._lengths[slot]))
@@ -497,7 +527,7 @@ class PagedKVCache:
 
     def is_swapped_out(self, seq: int) -> bool:
         """Whether a sequence lies in host memory."""
-        return int(self._slots(seq, away=True)[0]) in self._away
+        return self._slot(seq, away=True) in self._away
 
     @property
     def ids(self) -> np.ndarray:
@@ -601,24 +631,33 @@ class PagedKVCache:
 
     def _slots(self, seqs: Sequences, away: bool = False) -> np.ndarray:
         """The rows of these sequences, intp (batch,), all different. away: they may be swapped out."""
-        plain = isinstance(seqs, (int, tuple, list))
-        if plain and self._last_asked is not None and seqs == self._last_asked[0]:
+        listed = seqs if type(seqs) is list else _listed(seqs)
+        if self._last_asked is not None and _equal(listed, self._last_asked[0]):
             return self._last_asked[1]
-        listed = _listed(seqs)
         try:
-            slots = [self._slot_of[seq] for seq in listed]
+            found = np.fromiter(map(self._slot_of.__getitem__, listed), np.intp, len(listed))
         except (KeyError, TypeError):
             self._refuse_ids(listed)
-        if len({*slots}) < len(slots):
+        if len({*listed}) < len(listed):
             refuse("seqs", "a sequence twice", "each sequence once")
         if self._away:
-            gone = [seq for seq, slot in zip(listed, slots, strict=True) if slot in self._away]
+            gone = [seq for seq, slot in zip(listed, found.tolist(), strict=True) if slot in self._away]
             if gone and not away:
                 raise SwappedOut(f"seqs: got sequence {gone[0]}, which is swapped out, expected one that is not")
-        found = np.array(slots, np.intp)
-        if plain and not self._away:
-            self._last_asked = ([*seqs] if isinstance(seqs, list) else seqs), found
+            if gone:
+                return found
+        self._last_asked = [*listed], found
         return found
+
+    def _slot(self, seq: int, away: bool = False) -> int:
+        """The row of one sequence."""
+        slot = self._slot_of.get(seq) if type(seq) is int else None
+        if slot is None or (slot in self._away and not away):
+            slots = self._slots(seq, away).tolist()
+            if len(slots) != 1:
+                refuse("seqs", f"{len(slots)} of them", "one sequence")
+            slot = slots[0]
+        return slot
 
     def _refuse_ids(self, listed: list[Any]) -> NoReturn:
         for seq in listed:
@@ -661,6 +700,7 @@ class PagedKVCache:
             self._spare = list(range(rows + more - 1, rows - 1, -1))
             self._lengths = np.concatenate([self._lengths, np.zeros(more, np.int64)])
             self._changed = np.concatenate([self._changed, np.zeros(more, np.int64)])
+            self._moved = np.concatenate([self._moved, np.zeros(more, np.int64)])
             self._table = np.concatenate([self._table, np.full((more, self._table.shape[1]), PADDING, np.int32)])
         return self._spare.pop()
 
@@ -676,39 +716,33 @@ class PagedKVCache:
         self._slot_of[seq] = slot
         return seq
 
-    def _touch(self, slots: np.ndarray) -> None:
+    def _touch(self, slots: np.ndarray, moved: np.ndarray) -> None:
+        """Lengths of these rows have changed, or blocks; blocks in the second ones only."""
         self._change += 1
         self._changed[slots] = self._change
-
-    def _per_sequence(self, name: str, numbers: Any, slots: np.ndarray) -> np.ndarray:
-        """One number for all or one for each, at least 0: int64 (batch,)."""
-        found = np.asarray(numbers)
-        if found.dtype.kind not in "iu" and found.size:
-            refuse(name, f"{found.dtype}", "an int, or an integer for each sequence", TypeError)
-        if found.shape not in ((), slots.shape):
-            refuse(name, f"shape {found.shape}", f"an int, or one for each of {len(slots)} sequences")
-        if found.min(initial=0) < 0:
-            refuse(name, int(found.min()), "at least 0")
-        if found.max(initial=0) > INT32_MAX:
-            refuse(name, int(found.max()), f"at most {INT32_MAX}")
-        return np.broadcast_to(found.astype(np.int64), slots.shape)
+        self._moved[moved] = self._change
 
     # ---------------------------------------------------------------------------------------------- making room
 
-    def _reserve(self, slots: np.ndarray, new: int | np.ndarray) -> _Growth:
+    def _reserve(self, slots: np.ndarray, new: int | np.ndarray) -> Growth:
         """Blocks for `new` more tokens of each sequence, put into the table; lengths stay. All of it or OutOfBlocks."""
         start = self._lengths[slots]
         end = start + new
-        if len(end) and end.max() > INT32_MAX:
+        if len(end) and end[end.argmax()] > INT32_MAX:
             refuse("seqs", "sequences that would grow past 2**31 - 1 tokens", "shorter ones")
         have, need = self._num_blocks_for(start), self._num_blocks_for(end)
-        room = have * self.block_size - start  # in the last block
-        writing = np.flatnonzero(np.minimum(room, new))  # into that
+        into_last = (have * self.block_size > start) & (end > start)
+        writing = into_last.nonzero()[0]
         overwritten = self._table[slots[writing], have[writing] - 1]
         copying = self._shared(overwritten)
         missing = need - have
-        grown = np.repeat(np.arange(len(slots)), missing)
-        rows, columns = slots[grown], have[grown] + np.arange(len(grown)) - (np.cumsum(missing) - missing)[grown]
+        grown = missing.nonzero()[0]
+        columns, missing = have[grown], missing[grown]
+        if len(missing) and missing[missing.argmax()] > 1:
+            before = np.repeat(np.cumsum(missing) - missing, missing)
+            grown, columns = np.repeat(grown, missing), np.repeat(columns, missing)
+            columns = columns + np.arange(len(columns)) - before
+        rows = slots[grown]
         copied = overwritten[:0]
         if copying is not None:
             copiers = writing[copying]
@@ -716,147 +750,46 @@ class PagedKVCache:
             rows = np.concatenate([slots[copiers], rows])
             columns = np.concatenate([have[copiers] - 1, columns])
         blocks = self.allocator.allocate(len(rows))
-        if len(need):
-            self._widen(int(need.max()))
+        if len(columns):
+            self._widen(int(columns[columns.argmax()]) + 1)
         self._table[rows, columns] = blocks
-        return _Growth(slots, start, end, blocks, (rows, columns), copied, overwritten)
+        return Growth(slots, start, end, blocks, (rows, columns), copied, overwritten)
 
     def _shared(self, last: np.ndarray) -> np.ndarray | None:
         """Which of these blocks, one for each sequence that writes, have to be copied first: those that others hold.
 
         If all who hold a block write into it in one call, the last one keeps it. None if there is nothing to copy.
         """
-        shared = self.allocator.ref_counts[last] > 1
-        if not shared.any():
+        shared = self.allocator.ref_counts.take(last) > 1
+        if not np.count_nonzero(shared):
             return None
         blocks, final, writers = np.unique(last[::-1], return_index=True, return_counts=True)
         shared[len(last) - 1 - final[writers == self.allocator.ref_counts[blocks]]] = False
         return shared
 
-    def _copy_shared(self, growth: _Growth, stream: int) -> None:
+    def _copy_shared(self, growth: Growth, stream: int) -> None:
         if len(growth.copied):
             self._store.copy_blocks(growth.copied, growth.blocks[: len(growth.copied)], stream)
+            growth.written = True
 
-    def _finish(self, growth: _Growth) -> None:
+    def _finish(self, growth: Growth) -> None:
         """The new tokens are there."""
         self._lengths[growth.slots] = growth.end
         if len(growth.copied):
             self.allocator.free(growth.copied)
         self._forget(growth.overwritten)
-        self._touch(growth.slots)
+        self._touch(growth.slots, growth.at[0])
 
     def _forget(self, blocks: np.ndarray) -> None:
         """These blocks hold something else than before."""
-        if self.allocator.contents[blocks].any():
+        if np.count_nonzero(self.allocator.contents.take(blocks)):
             self.allocator.forget(blocks)
-
-    # -------------------------------------------------------------------------------------------------- writing
-
-    def _new_rows(
-        self, k: Array | RaggedArray, v: Array | RaggedArray, slots: np.ndarray, lengths: Any, layers: int
-    ) -> _Rows:
-        """New keys and values as views without an axis of layers; refuses what does not fit the cache."""
-        if isinstance(k, RaggedArray) or isinstance(v, RaggedArray):
-            if not (isinstance(k, RaggedArray) and isinstance(v, RaggedArray) and k.same_sequences(v)):
-                refuse("v", "other sequences than k", "RaggedArrays of the same lengths")
-            if lengths is not None or layers > 1:
-                refuse("k", "a RaggedArray", "an array of packed rows beside lengths, or for several layers")
-            k, v, lengths = k.values, v.values, k.host_lengths
-        packed = lengths is not None
-        allowed = tuple(FLOAT_DTYPES) if self._form.is_fp8 else (self.dtype,)
-        views = []
-        for name, array in (("k", k), ("v", v)):
-            found = view(array, name)
-            if len(found.shape) != 4 - packed + (layers > 1):
-                form = ("num_layers, " if layers > 1 else "") + ("total" if packed else "batch, seqlen_new")
-                refuse(name, f"{len(found.shape)}-D shape {found.shape}", f"({form}, kv_heads, head_dim)")
-            if found.shape[-2:] != (self.num_kv_heads, self.head_dim):
-                came = f"{found.shape[-2]} heads of {found.shape[-1]}"
-                refuse(name, came, f"the cache's {self.num_kv_heads} heads of {self.head_dim}")
-            if found.dtype not in allowed:
-                refuse(name, found.dtype, f"{' or '.join(allowed)}, as the cache holds {self.dtype}", TypeError)
-            if found.device != self._store.transfer.device:
-                here, there = device_name(found.device), device_name(self._store.transfer.device)
-                refuse(name, f"an array on {here}", f"the cache's device {there}")
-            views.append(_without_layers(name, found, layers) if layers > 1 else found)
-        k_view, v_view = views
-        if k_view.shape != v_view.shape:
-            refuse("v", f"shape {tuple(v.shape)}", f"k's shape {tuple(k.shape)}")
-        if not packed:
-            if k_view.shape[0] != len(slots) * layers:
-                refuse("k", f"{k_view.shape[0] // layers} sequences", f"{len(slots)}, as in seqs")
-            return _Rows(k_view, v_view, k_view.shape[1], False)
-        new = self._per_sequence("lengths", lengths, slots)
-        if new.sum() * layers != k_view.shape[0]:
-            refuse("lengths", f"{new.sum()} rows in all", f"k's {k_view.shape[0] // layers}")
-        return _Rows(k_view, v_view, new, True)
-
-    def _prepare_write(
-        self, rows: _Rows, slots: np.ndarray, layers: range, k_scale: Any, v_scale: Any
-    ) -> Callable[[np.ndarray, _Growth | None], None]:
-        """launch(start, growth): write rows behind `start` tokens of each sequence, in these layers, after the copies
-        of a growth.
-
-        Everything that can be refused is refused here, before the cache is changed. The kernel is told of the blocks
-        that are written to and of nothing else: a sequence's row of its table begins with the first of them.
-        """
-        most = rows.new if isinstance(rows.new, int) else int(rows.new.max(initial=0))
-        width = (self.block_size + most - 2) // self.block_size + 1 if most else 1  # wherever a sequence ends
-        batch, device = len(slots) * len(layers), self._store.transfer.device
-        ends = index_view((batch + 1,), device) if rows.packed else None
-        held, table = index_view((batch,), device), index_view((batch, width), device)
-        operands = AppendOperands(*self._store.flat, rows.k, rows.v, ends, held, table)
-        scales = rotary_and_scales(operands, None, None, k_scale, v_scale)
-        appending = find_append(operands, (self.layout, self._kv_dtype, *scales, True))
-
-        def launch(start: np.ndarray, growth: _Growth | None) -> None:
-            packet = self._packet(rows, slots, start, layers, width)
-
-            def run(stream: int) -> None:
-                transfer = self._store.transfer
-                with transfer.following(rows.k):
-                    if growth is not None:
-                        self._copy_shared(growth, stream)
-                    transfer.run(appending.run, operands, packet, stream)
-
-            with device_of(rows.k):
-                in_order(run, rows.k, all_append_operands(operands))
-
-        return launch
-
-    def _packet(self, rows: _Rows, slots: np.ndarray, start: np.ndarray, layers: range, width: int) -> np.ndarray:
-        """What the append kernel reads, in one int32 array: for each layer and sequence the tokens in the first block
-        that is written to; for each the blocks from that one on, `width` of them; where the rows of each begin."""
-        first, inside = np.divmod(start, self.block_size)
-        columns = first[:, None] + np.arange(width)
-        blocks = self._table[slots[:, None], np.minimum(columns, self._table.shape[1] - 1)]
-        batch, count = len(slots), len(layers)
-        packet = np.empty(batch * count * (1 + width) + (batch * count + 1 if rows.packed else 0), np.int32)
-        packet[: batch * count].reshape(count, batch)[...] = inside
-        listed = packet[batch * count :][: batch * count * width].reshape(count, batch, width)
-        for layer, part in zip(layers, listed, strict=True):
-            np.add(blocks, layer * self.num_blocks, out=part)
-        if rows.packed:
-            ends = packet[-batch * count - 1 :]
-            ends[0] = 0
-            np.cumsum(np.tile(rows.new, count), out=ends[1:])
-        return packet
-
-
-@dataclass(slots=True)
-class _Rows:
-    """New keys and values: views (layers * batch, seqlen_new, heads, head_dim), or packed (layers * total, …)."""
-
-    k: View
-    v: View
-    new: int | np.ndarray  # rows of each sequence, if packed int64 (batch,)
-    packed: bool
 
 
 class _Undone:
     """A context that gives the room of a growth back if it is left by an exception."""
 
-    def __init__(self, cache: PagedKVCache, growth: _Growth) -> None:
+    def __init__(self, cache: PagedKVCache, growth: Growth) -> None:
         self._cache, self._growth = cache, growth
 
     def __enter__(self) -> None:
@@ -868,27 +801,18 @@ class _Undone:
             rows, columns = growth.at
             cache._table[rows, columns] = PADDING
             cache._table[rows[: len(growth.copied)], columns[: len(growth.copied)]] = growth.copied
-            cache.allocator.free(growth.blocks)
-
-
-def _without_layers(name: str, found: View, layers: int) -> View:
-    """(layers, n, …) seen as (layers * n, …)."""
-    if found.shape[0] != layers:
-        refuse(name, f"{found.shape[0]} layers", f"the cache's {layers}")
-    if found.shape[1] > 1 and found.strides[0] != found.shape[1] * found.strides[1]:
-        refuse(name, f"strides {found.strides}", "layers that follow one another in memory")
-    step = found.strides[1] if found.shape[1] > 1 else found.strides[0]
-    shape, strides = (layers * found.shape[1], *found.shape[2:]), (step, *found.strides[2:])
-    if found.device < 0:
-        return replace(view(host_array(found).reshape(shape), name), strides=strides)
-    return replace(found, shape=shape, strides=strides)
+            if growth.written:  # what was evicted is gone
+                cache.allocator.free(growth.blocks)
+            else:
+                cache.allocator._undo(growth.blocks)
 
 
 def _listed(seqs: Sequences) -> list[Any]:
     if isinstance(seqs, Iterator):
         refuse("seqs", "an iterator, which can be read but once", "an int, a list or an array", TypeError)
-    if isinstance(seqs, np.ndarray):
-        return np.atleast_1d(seqs).tolist()
+    if hasattr(seqs, "tolist"):  # arrays of any library
+        found = seqs.tolist()
+        return found if isinstance(found, list) else [found]
     try:
         return [operator.index(seqs)]
     except TypeError:
@@ -897,6 +821,13 @@ def _listed(seqs: Sequences) -> list[Any]:
         return list(seqs)
     except TypeError:
         refuse("seqs", type(seqs).__name__, "an id of a sequence, or several", TypeError)
+
+
+def _equal(some: list[Any], others: list[Any]) -> bool:
+    try:
+        return some == others
+    except ValueError:  # of arrays among them
+        return False
 
 
 def _is_id(seq: Any, stop: int | None) -> bool:

@@ -16,9 +16,11 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,6 +78,7 @@ class Writer:
         with ExitStack() as stack:
             self._folder = os.open(self._path.parent, os.O_RDONLY)
             stack.callback(os.close, self._folder)
+            _check_name(self._folder, self._path)
             self._file, self._name = _open_nameless(self._folder, self._path.name)
             stack.callback(self._close)
             self._advance = stack.enter_context(_progress(f"saving {self._path.name}", self._left))
@@ -87,7 +90,7 @@ class Writer:
 
     def write(self, piece: np.ndarray) -> None:
         """The next bytes of the data: any C-contiguous array, which must stay as it is until the next call is done."""
-        octets = piece.reshape(-1).view(np.uint8)
+        octets = _octets(piece)
         self._wait()
         self._last = self._writing.submit(_write_all, self._file, octets)
         self._sum.update(octets)
@@ -156,13 +159,22 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def read(self, piece: np.ndarray) -> np.ndarray:
-        """Fill a C-contiguous array with the next bytes of the data, and return it."""
-        octets = piece.reshape(-1).view(np.uint8)
-        self._fill(octets)
-        self._sum.update(octets)
-        self._advance(octets.nbytes)
-        return piece
+    def read(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Fill these C-contiguous arrays, one behind the other, with the next bytes of the data, and yield each.
+
+        One is read while the one before it is checked and used, so that two by turns are enough. Close this before the
+        file, if not all are taken.
+        """
+        with ThreadPoolExecutor(1) as reading:
+            before: tuple[np.ndarray, Future] | None = None
+            for piece in chain(pieces, [None]):
+                coming = None if piece is None else (piece, reading.submit(self._fill, _octets(piece)))
+                if before is not None:
+                    filled, done = before
+                    self._sum.update(done.result())
+                    self._advance(filled.nbytes)
+                    yield filled
+                before = coming
 
     def finish(self) -> None:
         """Raise BadSnapshot unless all of the data was read, and is what was written."""
@@ -237,14 +249,31 @@ def _open_nameless(folder: int, name: str) -> tuple[int, str | None]:
     return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666, dir_fd=folder), name
 
 
+def _octets(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
 def _count(number: Any) -> int:
     if type(number) is not int or number < 0:
         raise ValueError(number)
     return number
 
 
+def _check_name(folder: int, path: Path) -> None:
+    """Raise now the OSError that would keep a complete file from this name, or that should: /dev/null is a name too."""
+    try:
+        found = os.stat(path.name, dir_fd=folder)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "Not a regular file", os.fspath(path))
+
+
 def _free_name(name: str) -> str:
-    return f".{name}.{secrets.token_hex(8)}.partial"
+    """A name beside this one, which itself may be as long as names can be."""
+    return f".{os.fsencode(name)[:200].decode(errors='ignore')}.{secrets.token_hex(8)}.partial"
 
 
 def _write_all(file: int, octets: Any) -> None:

@@ -23,7 +23,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,10 +134,10 @@ def restore(cache: PagedKVCache, path: Path) -> list[int]:
             if theirs != ours:
                 refuse("path", f"a snapshot of {name} {theirs}", f"one of the cache's {ours}")
         # Room is made by evicting prefixes, which cannot be undone: the data is checked before as well.
-        buffer = np.empty(CHUNK, np.uint8)
-        left = file.data_bytes
-        while left:
-            left -= file.read(buffer[: min(left, CHUNK)]).nbytes
+        buffers = cycle(np.empty((2, CHUNK), np.uint8))
+        sizes = (min(CHUNK, file.data_bytes - start) for start in range(0, file.data_bytes, CHUNK))
+        for _ in file.read(next(buffers)[:size] for size in sizes):
+            pass
         file.finish()
         file.rewind()
         seqs = list(range(cache._next, cache._next + len(saved.sequences)))
@@ -148,6 +150,7 @@ def _fill(cache: PagedKVCache, file: Reader, saved: _Saved, seqs: list[int], kep
     """Put what a file has into a cache, under these ids, with the last `kept` of its evictable blocks, or nothing."""
     allocator = cache.allocator
     blocks = allocator.allocate(saved.used + kept)
+    undo = allocator._undo
     try:
         block_of = np.full(saved.pool, PADDING, np.int32)
         block_of[: saved.used] = blocks[: saved.used]
@@ -155,13 +158,16 @@ def _fill(cache: PagedKVCache, file: Reader, saved: _Saved, seqs: list[int], kep
         staging = _Staging(cache)
         away = staging.pair(saved.rows - saved.pool)
         parts = [((cache._store.k, cache._store.v), block_of), (away, np.arange(saved.rows - saved.pool))]
-        for array, picks, _ in _pieces(cache._form, parts):
-            staging.put(array, picks, file.read(staging.room(len(picks))))
+        rooms = (staging.room(len(picks)) for _, picks, _ in _pieces(cache._form, parts))
+        with closing(file.read(rooms)) as found:
+            for (array, picks, _), room in zip(_pieces(cache._form, parts), found, strict=True):
+                undo = allocator.free  # what was evicted is gone
+                staging.put(array, picks, room)
         file.finish()
         saved.commit(cache, block_of)
     except BaseException:
         allocator.forget(blocks)
-        allocator.free(blocks)
+        undo(blocks)
         raise
     allocator.share(np.repeat(blocks[: saved.used], saved.ref_counts[: saved.used] - 1))
     allocator.free(blocks[saved.used :][::-1])
@@ -215,10 +221,12 @@ def load_dense(kind: type[KVCache], path: Path, device: Any) -> KVCache:
         cache._begin(len(lengths), heads, strings["layout"], most, window and tuple(window), packed)
         cache._storage, cache._lengths = cache._new_storage(like, int(strings["rows"])), lengths
         with device_of(like):
-            for base, b, tokens in _dense_pieces(cache._storage.bases, stored.itemsize, rows):
-                words = bits(base)
-                found = file.read(np.empty((tokens.stop - tokens.start, *base.shape[2:]), stored))
-                words[b, tokens] = put(found.view(str(words.dtype).removeprefix("torch.")), like)
+            pieces = [*_dense_pieces(cache._storage.bases, stored.itemsize, rows)]
+            rooms = (np.empty((tokens.stop - tokens.start, *base.shape[2:]), stored) for base, _, tokens in pieces)
+            with closing(file.read(rooms)) as found:
+                for (base, b, tokens), room in zip(pieces, found, strict=True):
+                    words = bits(base)
+                    words[b, tokens] = put(room.view(str(words.dtype).removeprefix("torch.")), like)
         file.finish()
         return cache
 

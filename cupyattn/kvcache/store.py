@@ -1,7 +1,7 @@
 """Where the blocks of a cache lie, and how their rows are moved: `HostStore` in NumPy arrays, `DeviceStore` on CUDA.
 
 A store knows of bytes and block ids, and nothing of sequences. On the device each call is one launch, behind the copy
-of its list of blocks, on the stream that it is given, and nothing waits.
+of its list of blocks, on the stream that it is given, and nothing waits. A call that raises has written nothing.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ class HostStore(_Store):
 
     def copy_blocks(self, source: np.ndarray, target: np.ndarray, stream: int) -> None:
         """Blocks of the store to others of it, in every layer."""
-        for array in (self.k, self.v):
-            array[:, target] = array[:, source]
+        self.k[:, target], self.v[:, target] = self.k[:, source], self.v[:, source]
 
     def gather(self, blocks: np.ndarray, start: int, stop: int, stream: int) -> Pair:
         """Tokens start to stop - 1 of the sequence in these blocks: two arrays (layers, tokens, heads, head_dim)."""

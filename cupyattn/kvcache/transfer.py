@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from .allocator import count_of
 
 Array = Any  # of NumPy or CuPy
 Append = Callable[[AppendOperands, int], None]
+Held = Callable[[View, View, int], None]
 
 
 class HostTransfer:
@@ -39,6 +40,11 @@ class HostTransfer:
         for found, start in _within(operands):
             found.array = packet[start : start + math.prod(found.shape)].reshape(found.shape)
         append(operands, stream)
+
+    def hold(self, append: Append, operands: AppendOperands, packet: np.ndarray) -> tuple[np.ndarray, Held]:
+        """(indices, launch): `launch(k, v, stream)` runs the same append again for other rows of the same form and for
+        what is in `indices` then, at first the packet's numbers. Packet and operands are taken over."""
+        return packet, _again(self, append, operands, packet)
 
     def send(self, host: np.ndarray, stream: int) -> np.ndarray:
         """A copy of an int32 array."""
@@ -73,13 +79,22 @@ class DeviceTransfer:
 
     def run(self, append: Append, operands: AppendOperands, packet: np.ndarray, stream: int) -> None:
         """As in `HostTransfer`. Short packets travel with the launch, long ones are sent before it."""
-        if len(packet) <= INLINE_CAPACITIES[-1] and isinstance(append, PreparedAppend):
+        if _travels(append, packet):
             append.inline(operands, packet, stream)
             return
         sent = self.send(packet, stream)
         for found, start in _within(operands):
             found.array, found.pointer = sent, sent.data.ptr + 4 * start
         append(operands, stream)
+
+    def hold(self, append: Append, operands: AppendOperands, packet: np.ndarray) -> tuple[np.ndarray, Held]:
+        """As in `HostTransfer`. A launch with which its packet travels keeps all its arguments."""
+        if not _travels(append, packet):
+            return packet, _again(self, append, operands, packet)
+        from ..kernels.held_append import HeldAppend
+
+        held = HeldAppend(append, operands, packet)
+        return held.indices, held
 
     def send(self, host: np.ndarray, stream: int) -> Array:
         """A copy of host on the device, which is the current one, as `stream` is CuPy's current stream."""
@@ -140,6 +155,21 @@ class _Current:
 def index_view(shape: tuple[int, ...], device: int) -> View:
     """An int32 array that is yet to be made."""
     return View(None, 0, shape, contiguous_strides(shape), "int32", device, "numpy" if device < 0 else "cupy", False)
+
+
+def _travels(append: Append, packet: np.ndarray) -> bool:
+    """Whether a packet fits the kernel's argument."""
+    return len(packet) <= INLINE_CAPACITIES[-1] and isinstance(append, PreparedAppend)
+
+
+def _again(
+    transfer: HostTransfer | DeviceTransfer, append: Append, operands: AppendOperands, packet: np.ndarray
+) -> Held:
+    def launch(k: View, v: View, stream: int) -> None:
+        with transfer.following(k):
+            transfer.run(append, replace(operands, k=k, v=v), packet, stream)
+
+    return launch
 
 
 def _within(operands: AppendOperands) -> Iterator[tuple[View, int]]:

@@ -194,7 +194,14 @@ def append_twice(cache, k, v, seqs, append=PagedKVCache.append):
     append(cache, np.tile(k, (1, 2, 1, 1)), np.tile(v, (1, 2, 1, 1)), seqs)
 
 
-@pytest.mark.parametrize("wrong", [grow_only, append_in_the_wrong_order, append_keys_as_values, append_twice])
+def append_only_the_first_rightly(cache, k, v, seqs, append=PagedKVCache.append):
+    append(cache, k if cache.length(seqs[0]) == 20 else v, v, seqs)
+
+
+WRONG = [grow_only, append_in_the_wrong_order, append_keys_as_values, append_twice, append_only_the_first_rightly]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_append_is_seen(small, monkeypatch, wrong):
     monkeypatch.setattr(bench_cache, "ROOM", 12)  # for those that append too much
     monkeypatch.setattr(PagedKVCache, "append", wrong)

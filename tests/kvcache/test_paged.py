@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from oracle import normal
 
 import cupyattn
 from cupyattn import DoubleFree, OutOfBlocks, PagedKVCache, RaggedArray, SwappedOut, UnknownSequence, UseAfterFree
+from cupyattn.kvcache import paged, transfer, writing
 
 pytestmark = pytest.mark.backends("numpy", "cuda")
 
@@ -51,9 +53,10 @@ def read(backend, cache, *key):
 def state(backend, cache):
     """All that can be seen of it, but for memory behind the sequences."""
     arrays = {name: getattr(cache, name).tolist() for name in ("ids", "lengths", "tables")}
-    kept = {name: getattr(cache.allocator, name).tolist() for name in ("ref_counts", "contents", "cached")}
+    kept = ("ref_counts", "contents", "parents", "hashes", "cached", "free_blocks", "evictable_blocks")
+    kept = {name: getattr(cache.allocator, name).tolist() for name in kept} | {"stats": cache.allocator.stats()}
     data = backend.get(cache._store.data).tobytes()
-    return arrays | kept | {"data": data, "free": cache.allocator.num_free, "away": sorted(cache._away)}
+    return arrays | kept | {"data": data, "away": sorted(cache._away)}
 
 
 def unchanged(backend, cache, error, call, match=None):
@@ -215,6 +218,309 @@ def test_write_layer_by_layer(backend, rng):
         cache.write(backend.put(kv[0][0]), backend.put(kv[1][0]), [0, 1])
 
 
+# --------------------------------------------------------------------------------- a token each, step by step
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """The appends that were prepared from the beginning; all others went on from the one before."""
+    found = []
+
+    class Counted(writing.Writing):
+        def __init__(self, *arguments):
+            found.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(paged, "Writing", Counted)
+    return found
+
+
+class Decoding:
+    """Sequences that grow step by step, and what they should hold."""
+
+    def __init__(self, backend, rng, lengths, **options):
+        self.backend, self.rng = backend, rng
+        self.cache = make(backend, **{"num_blocks": 256} | options)
+        self.seqs = [self.cache.add() for _ in lengths]
+        self.k = [self._none() for _ in lengths]
+        first = new(rng, self.cache, sum(lengths))
+        append(backend, self.cache, first, self.seqs, lengths=lengths)
+        for i, part in enumerate(np.split(first[0], np.cumsum(lengths)[:-1], axis=-3)):
+            self.k[i] = part
+
+    def _none(self):
+        return new(self.rng, self.cache, 0)[0]
+
+    def step(self, kv=None, **scales):
+        kv = new(self.rng, self.cache, len(self.seqs), 1) if kv is None else kv
+        append(self.backend, self.cache, kv, self.seqs, **scales)
+        for i in range(len(self.seqs)):
+            self.k[i] = np.concatenate([self.k[i], kv[0][..., i, :, :, :]], axis=-3)
+
+    def right(self):
+        for seq, k in zip(self.seqs, self.k, strict=True):
+            assert read(self.backend, self.cache, seq)[0].tobytes() == np.ascontiguousarray(k).tobytes()
+        return True
+
+
+@pytest.mark.parametrize("options", [*FORMS, {"block_size": 1}, {"block_size": 3, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_steps_of_a_token_each(backend, rng, anew, options, count):
+    """Sequences that end anywhere in a block, none and full ones among them."""
+    decoding = Decoding(backend, rng, [i % 9 for i in range(count)], num_blocks=40 * 24, **options)
+    anew.clear()
+    tables = decoding.cache.block_table(decoding.seqs)
+    for _ in range(12):
+        decoding.step()
+        assert decoding.cache.block_table(decoding.seqs) is tables
+        assert backend.get(tables.array)[:, : decoding.cache.tables.shape[1]].tolist() == decoding.cache.tables.tolist()
+        assert backend.get(tables.seqlens).tolist() == decoding.cache.lengths.tolist()
+    assert decoding.right() and len(anew) == 1
+    assert not cupyattn.kvcache.find_leaks(decoding.cache)
+
+
+@pytest.mark.parametrize("count", [300, 600])
+def test_steps_of_many_sequences(backend, rng, anew, count):
+    """More index numbers than fit the kernel's argument, too."""
+    decoding = Decoding(backend, rng, [i % 5 for i in range(count)], num_blocks=4 * count)
+    anew.clear()
+    for _ in range(6):
+        decoding.step()
+    assert decoding.right() and len(anew) == 1
+
+
+def last_block(d):
+    """Of the second sequence."""
+    return d.cache.tables[1, (d.cache.length(d.seqs[1]) - 1) // d.cache.block_size, None]
+
+
+def touch_nothing(d):
+    d.cache.length(d.seqs[1])
+    _ = d.cache[d.seqs[2]]
+    d.cache.seqlens(d.seqs)
+    d.cache.commit(d.seqs[0], np.arange(100))
+    d.cache.extend(d.cache.add(), 3)
+
+
+def fork(d):
+    d.forked = d.cache.fork(d.seqs[1])
+
+
+def fork_and_free(d):
+    d.cache.free(d.cache.fork(d.seqs[1]))
+
+
+def share_a_block(d):
+    d.cache.allocator.share(last_block(d))
+
+
+def truncate(d):
+    d.cache.truncate(d.seqs[1], 2)
+    d.k[1] = d.k[1][..., :2, :, :]
+
+
+def truncate_to_the_same_length(d):
+    """The blocks are given back and others come."""
+    longer = d.cache.length(d.seqs[1]) + 9
+    d.cache.extend(d.seqs[1], 9)
+    d.cache.truncate(d.seqs[1], longer - 9)
+
+
+def reorder(d):
+    d.cache.reorder([0, 0, 2], d.seqs)
+    d.k[1] = d.k[0]
+
+
+def swap(d):
+    d.cache.swap_out(d.seqs[1:])
+    d.cache.extend(d.cache.add(), 30)
+    d.cache.swap_in(d.seqs[1:])
+
+
+def end_another(d):
+    d.cache.free(d.cache.add())
+
+
+def grow_one(d):
+    more = new(d.rng, d.cache, 1, 4)
+    append(d.backend, d.cache, more, d.seqs[1])
+    d.k[1] = np.concatenate([d.k[1], more[0][..., 0, :, :, :]], axis=-3)
+
+
+def other_order(d):
+    d.seqs.reverse()
+    d.k.reverse()
+
+
+def come_and_go(d):
+    d.cache.free(d.seqs[1])
+    d.seqs[1] = d.cache.add()
+    d.k[1] = d._none()
+
+
+def widen_the_table(d):
+    d.cache.extend(d.cache.add(), 400)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(
+    ("between", "most"),
+    [
+        *((touch_nothing, 1), (fork, 3), (fork_and_free, 3), (share_a_block, 3), (truncate, 3), (end_another, 3)),
+        *((truncate_to_the_same_length, 3), (reorder, 3), (swap, 3), (grow_one, 3), (other_order, 3), (come_and_go, 3)),
+        (widen_the_table, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_comes_between_two_steps(backend, rng, anew, num_layers, between, most):
+    """It is seen, wherever in a block the sequences end; then it goes on as before."""
+    for steps in range(1, 6):
+        decoding = Decoding(backend, rng, [3, 6, 12], num_layers=num_layers)
+        anew.clear()
+        for _ in range(steps):
+            decoding.step()
+        held = read(backend, decoding.cache, decoding.seqs[1])[0].tobytes()
+        last = last_block(decoding)
+        bits = backend.get(decoding.cache.k)[..., last, :, :, :].tobytes()
+        between(decoding)
+        for _ in range(6):
+            decoding.step()
+        assert decoding.right() and len(anew) <= most
+        if between is fork:
+            assert read(backend, decoding.cache, decoding.forked)[0].tobytes() == held
+        if between is share_a_block:
+            full = (6 + steps) % 4 == 0
+            assert decoding.cache.allocator.ref_counts[last] == (2 if full else 1)
+            assert backend.get(decoding.cache.k)[..., last, :, :, :].tobytes() == bits
+
+
+def test_steps_of_other_rows(backend, rng, anew):
+    """Other places, strides, libraries and scales; what is as it was two steps ago is no reason to trust the last."""
+    decoding = Decoding(backend, rng, [3, 6, 12], dtype="float32")
+    for i in range(8):
+        k, v = kv = new(rng, decoding.cache, 3, 1)
+        if i % 2:
+            there = [backend.put(np.zeros((3, 1, 4, 8), np.float32)) for _ in kv]
+            for array, rows in zip(there, kv, strict=True):
+                array[:, :, ::2] = backend.put(rows)
+            decoding.cache.append(*(array[:, :, ::2] for array in there), decoding.seqs)
+        else:
+            decoding.cache.append(backend.put(k), backend.put(v), tuple(decoding.seqs))
+        for j in range(3):
+            decoding.k[j] = np.concatenate([decoding.k[j], k[j]])
+    assert decoding.right()
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_steps_of_other_libraries(backend, rng, anew, library, num_layers):
+    module = pytest.importorskip(library)
+    decoding = Decoding(backend, rng, [3, 6, 12], dtype="float32", num_layers=num_layers)
+    anew.clear()
+    for _ in range(9):
+        kv = new(rng, decoding.cache, 3, 1)
+        if library == "torch":
+            there = [module.from_numpy(rows).to("cuda" if backend.on_gpu else "cpu") for rows in kv]
+        elif backend.on_gpu and module.default_backend() != "gpu":
+            pytest.skip("JAX sees no GPU")
+        else:
+            place = module.devices("gpu" if backend.on_gpu else "cpu")[0]
+            there = [module.device_put(rows, place) for rows in kv]
+        decoding.cache.append(*there, decoding.seqs)
+        for j in range(3):
+            decoding.k[j] = np.concatenate([decoding.k[j], kv[0][..., j, :, :, :]], axis=-3)
+    assert decoding.right() and len(anew) == 1
+
+
+def test_steps_in_fp8(backend, rng, anew):
+    cache = make(backend, dtype="float8_e4m3fn")
+    seqs = [cache.add(), cache.add()]
+    expected = [], []
+    for scales in ((1.0, 1.0), (0.5, 1.0), (0.5, 1.0), (0.5, 2.0), (0.5, 2.0), (0.5, 2.0), (1.0, 1.0)):
+        kv = new(rng, cache, 2, 1, dtype="bfloat16")
+        append(backend, cache, kv, seqs, k_scale=scales[0], v_scale=scales[1])
+        for rows, scale, side in zip(kv, scales, expected, strict=True):
+            side.append((rows[1].astype(np.float32) / scale).astype(ml_dtypes.float8_e4m3fn))
+    for found, side in zip(read(backend, cache, seqs[1]), expected, strict=True):
+        assert found.tobytes() == np.concatenate(side).tobytes()
+    assert len(anew) == 4
+    of_array = backend.put(np.ones(2, np.float32))
+    for _ in range(3):
+        append(backend, cache, new(rng, cache, 2, 1, dtype="bfloat16"), seqs, k_scale=of_array, v_scale=of_array)
+    assert len(anew) == 7, "an array may hold something else every time"
+
+
+def test_steps_that_are_refused_change_nothing(backend, rng, anew):
+    decoding = Decoding(backend, rng, [4, 3, 2], num_blocks=4)
+    cache, seqs = decoding.cache, decoding.seqs
+    cache.truncate(seqs[0], 3)
+    decoding.k[0] = decoding.k[0][:3]
+    decoding.step()
+    anew.clear()
+    k, v = (backend.put(rows) for rows in new(rng, cache, 3, 1))
+
+    def refused(error, match, *arguments, **options):
+        return unchanged(backend, cache, error, lambda: cache.append(*arguments, **options), match)
+
+    refused(TypeError, "^k: got a list", [1], v, seqs)
+    refused(TypeError, "^v: got float32", k, v.astype(np.float32), seqs)
+    refused(ValueError, "^k: got 2 sequences", k[:2], v[:2], seqs)
+    refused(ValueError, "^v: got shape", k, v[:, :0], seqs)
+    refused(ValueError, "^k: got an array whose memory range meets", cache.k.reshape(-1, 1, 2, 8)[:3], v, seqs)
+    refused(ValueError, "k_scale", k, v, seqs, k_scale=2.0)
+    refused(TypeError, "^lengths", k[:, 0], v[:, 0], seqs, lengths=[0.5] * 3)
+    assert len(anew) == 1, "only the scale is found out where an append is prepared"
+    error = refused(OutOfBlocks, "asked for 2 blocks, but 1 are free", k, v, seqs)
+    assert (error.asked, error.free, error.evictable) == (2, 1, 0) and len(anew) == 1
+    cache.free(seqs.pop())
+    decoding.k.pop()
+    for _ in range(4):
+        decoding.step()
+    assert decoding.right()
+
+
+def test_a_cache_and_the_rows_are_gone_when_nobody_has_them(backend, rng):
+    """At once, not when Python next looks for cycles: a cache may be most of a device's memory."""
+    for count in (2, 500):  # the latter are too many for a kernel's argument
+        cache = make(backend, 2 * count)
+        seqs = [cache.add() for _ in range(count)]
+        for _ in range(3):
+            rows = [backend.put(side) for side in new(rng, cache, count, 1)]
+            cache.append(*rows, seqs)
+            held = [weakref.ref(side) for side in rows]
+            del rows
+            assert [reference() for reference in held] == [None, None]
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+
+
+def test_a_step_that_fails_changes_nothing(backend, rng, monkeypatch):
+    """Neither does what was evicted for it stay so. The next one goes well."""
+    decoding = Decoding(backend, rng, [3, 3], num_blocks=5)
+    cache = decoding.cache
+    old = cache.add(np.arange(9))
+    append(backend, cache, new(rng, cache, 1, 9), old)
+    cache.commit(old, np.arange(9))
+    cache.free(old)
+    decoding.step()
+    assert cache.allocator.num_free == 1 and cache.allocator.num_evictable == 2
+
+    def fail(*arguments):
+        raise RuntimeError("the device is gone")
+
+    rows = new(rng, cache, 2, 1)
+    with monkeypatch.context() as patch:
+        for kind in (transfer.HostTransfer, transfer.DeviceTransfer):
+            patch.setattr(kind, "hold", lambda *_: (np.array([3, 3, *cache.tables[:, 0]], np.int32), fail))
+        unchanged(backend, cache, RuntimeError, lambda: append(backend, cache, rows, decoding.seqs))
+    assert cache.length(cache.add(np.arange(9))) == 8
+    cache.free(max(cache))
+    for _ in range(3):
+        decoding.step()
+    assert decoding.right() and cache.length(cache.add(np.arange(9))) == 4
+
+
 # ------------------------------------------------------------------------------------------ sharing of blocks
 
 
@@ -345,6 +651,8 @@ def test_swapped_out_sequences_can_be_freed_and_do_not_fit_a_full_pool(backend, 
     append(backend, cache, new(rng, cache, 1, 8), third)
     error = unchanged(backend, cache, OutOfBlocks, lambda: cache.swap_in(seqs[0]))
     assert (error.asked, error.free, error.evictable) == (2, 0, 0)
+    unchanged(backend, cache, SwappedOut, lambda: cache.extend(seqs[0], 1))
+    unchanged(backend, cache, SwappedOut, lambda: cache.seqlens([seqs[0]]))
     cache.free(seqs[0])
     assert len(cache) == 2 and cache.allocator.num_used == 4
 
@@ -371,6 +679,70 @@ def test_block_table_is_brought_up_to_date_in_place(backend, rng):
     assert table.shape == (2, 16) and table.counts.tolist() == [11, 0]
     assert cache.block_table(seqs, max_blocks=40).shape == (2, 40)
     cache.block_table(seqs).validate(64)
+
+
+def test_tables_of_other_widths_are_kept_side_by_side(backend, rng):
+    cache = make(backend, 64)
+    seqs = [cache.add(), cache.add()]
+    append(backend, cache, new(rng, cache, 2, 3), seqs)
+    first, second = cache.block_table(seqs), cache.block_table(seqs, max_blocks=40)
+    assert first is not second and (first.shape, second.shape) == ((2, 8), (2, 40))
+    assert cache.block_table(seqs, max_blocks=20) is second, "it is wide enough"
+    arrays = first.array, second.array
+    for _ in range(9):
+        append(backend, cache, new(rng, cache, 2, 2), seqs)
+        assert cache.block_table(seqs) is first and cache.block_table(tuple(seqs), max_blocks=40) is second
+        for table, array in zip((first, second), arrays, strict=True):
+            width = cache.tables.shape[1]
+            assert table.array is array and backend.get(array)[:, :width].tolist() == cache.tables.tolist()
+            assert backend.get(table.seqlens).tolist() == cache.lengths.tolist()
+    with pytest.raises(ValueError, match="^max_blocks: got -1"):
+        cache.block_table(seqs, max_blocks=-1)
+
+
+def test_tables_that_were_not_asked_for_longest_are_made_anew(backend):
+    cache = make(backend)
+    seqs = [cache.add() for _ in range(paged.KEPT_TABLES + 1)]
+    tables = [cache.block_table([seq]) for seq in seqs[:-1]]
+    assert cache.block_table([seqs[0]], max_blocks=5) is tables[0]
+    cache.block_table([seqs[-1]])
+    assert cache.block_table([seqs[0]]) is tables[0] and cache.block_table([seqs[2]]) is tables[2]
+    assert cache.block_table([seqs[1]]) is not tables[1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, "torch", "cupy"])
+def test_ids_come_in_any_kind_of_sequence(backend, rng, kind):
+    """What is known from the call before, too, is found out by the ids alone."""
+    if isinstance(kind, str):
+        kind = {"torch": "tensor", "cupy": "array"}[kind], pytest.importorskip(kind)
+        if kind[0] == "array" and not backend.on_gpu:
+            pytest.skip("CuPy's arrays need a GPU")
+        kind = getattr(kind[1], kind[0])
+    cache = make(backend)
+    seqs = [cache.add() for _ in range(4)]
+    for ids in (seqs[1:], seqs[1:], seqs[:-1], seqs[::-1], seqs[:1]):
+        before = cache.lengths
+        cache.extend(kind(ids), 3)
+        assert (cache.lengths - before).tolist() == [3 * (seq in ids) for seq in seqs]
+    assert cache.length(np.int64(2)) == 12 and cache.length(np.array(1)) == 12
+    with pytest.raises(TypeError, match=r"^seqs: got \[0, 1\]"):
+        cache.extend(np.array([[0, 1]]), 1)
+
+
+def test_a_table_of_a_cache_is_changed_by_the_cache_alone(backend, rng):
+    cache = make(backend, 64)
+    seqs = [cache.add(), cache.add()]
+    append(backend, cache, new(rng, cache, 2, 3), seqs)
+    table = cache.block_table(seqs)
+    with pytest.raises(ValueError, match="^update: got a table of a PagedKVCache"):
+        table.update([0], [[5]], [4])
+    cache.extend(seqs, 3)
+    with pytest.raises(ValueError, match="^update"):
+        cache.block_table(seqs).update([0], [[5]], [4])
+    assert backend.get(table.array)[:, :2].tolist() == cache.tables.tolist() == table.host[:, :2].tolist()
+    mine = cupyattn.BlockTable(cache.tables, cache.lengths, 4, device=cache.device)
+    mine.update([0], [[5]], [4])
+    assert cache.tables[0, 0] != 5
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -424,7 +796,16 @@ def test_refusals_change_nothing(backend, rng):
     refused(TypeError, "^index", lambda: cache[0, ::2])
     refused(TypeError, "^index", lambda: cache[0, 3])
     refused(TypeError, "^tokens", lambda: cache.add([0.5, 0.25]))
-    refused(TypeError, "^tokens", lambda: cache.add([[1, 2]]))
+    for tokens in ([[1, 2]], 5, "abc", None, [10**30] * 9):
+        if tokens is not None:
+            refused(TypeError, "^tokens", lambda tokens=tokens: cache.add(tokens))
+        refused(TypeError, "^tokens", lambda tokens=tokens: cache.commit(0, tokens))
+    refused(ValueError, "^tokens: got 18446744073709551615", lambda: cache.add(np.full(9, 2**64 - 1, np.uint64)))
+    for several in ([0, 1], []):
+        for call in (lambda s: cache[s], cache.fork, cache.length, cache.is_swapped_out):
+            refused(ValueError, "^seqs: got . of them", lambda call=call, several=several: call(several))
+    refused(TypeError, "^index: got 3", lambda: cache[0, 1, 2])
+    refused(TypeError, "^seqs", lambda: cache.append(k, v, [np.array([0, 1])]))
 
 
 def test_room_is_given_back_when_the_device_fails(backend, rng, monkeypatch):
@@ -439,6 +820,87 @@ def test_room_is_given_back_when_the_device_fails(backend, rng, monkeypatch):
     monkeypatch.setattr(cache._store, "copy_blocks", fail)
     unchanged(backend, cache, RuntimeError, lambda: append(backend, cache, new(rng, cache, 2, 5), seqs))
     unchanged(backend, cache, RuntimeError, lambda: cache.extend(seqs, 5))
+
+
+@pytest.mark.parametrize("call", ["append", "extend", "swap_in"])
+def test_what_was_evicted_comes_back_when_the_device_fails(backend, rng, monkeypatch, call):
+    cache = make(backend, 6)
+    seqs = [cache.add(), cache.add()]
+    append(backend, cache, new(rng, cache, 2, 4), seqs)
+    if call == "swap_in":
+        append(backend, cache, new(rng, cache, 1, 12), seqs[0])
+        cache.swap_out(seqs[0])
+    for prompt in (np.arange(9), np.arange(50, 59)):
+        old = cache.add(prompt)
+        append(backend, cache, new(rng, cache, 1, 8), old)
+        cache.commit(old, prompt)
+        cache.free(old)
+    assert cache.allocator.num_evictable == 4
+    rows = new(rng, cache, 2, 8)
+
+    def fail(*arguments):
+        raise RuntimeError("the device is gone")
+
+    calls = {
+        "append": lambda: append(backend, cache, rows, seqs),
+        "extend": lambda: cache.extend(seqs, 8),
+        "swap_in": lambda: cache.swap_in(seqs[0]),
+    }
+    with monkeypatch.context() as patch:
+        for name in ("run", "send"):
+            patch.setattr(cache._store.transfer, name, fail)
+        patch.setattr(cache._store, "swap_in", fail)
+        unchanged(backend, cache, RuntimeError, calls[call])
+    calls[call]()
+    assert cache.allocator.stats().evictions > 0 and not cupyattn.kvcache.find_leaks(cache)
+
+
+def test_what_was_evicted_stays_so_when_some_of_it_is_swapped_in(backend, rng, monkeypatch):
+    """Of two groups of sequences the first comes back, and then the device fails."""
+    cache = make(backend, 4)
+    seqs = [cache.add(), cache.add()]
+    append(backend, cache, new(rng, cache, 2, 8), seqs)
+    held = [read(backend, cache, seq)[0].tobytes() for seq in seqs]
+    for seq in seqs:
+        cache.swap_out(seq)
+    old = cache.add(np.arange(17))
+    append(backend, cache, new(rng, cache, 1, 16), old)
+    cache.commit(old, np.arange(16))
+    cache.free(old)
+    swap_in, calls = cache._store.swap_in, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("the device is gone")
+        swap_in(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._store, "swap_in", fail)
+        with pytest.raises(RuntimeError):
+            cache.swap_in(seqs)
+    assert cache.length(cache.add(np.arange(17))) == 0 and not cupyattn.kvcache.find_leaks(cache)
+    cache.swap_in(seqs)
+    assert [read(backend, cache, seq)[0].tobytes() for seq in seqs] == held
+
+
+def test_what_was_evicted_stays_so_when_something_was_written_there(backend, rng, monkeypatch):
+    """A copy of a shared block is made, and then the device fails."""
+    cache = make(backend, 3)
+    old = cache.add(np.arange(9))
+    append(backend, cache, new(rng, cache, 1, 8), old)
+    cache.commit(old, np.arange(9))
+    cache.free(old)
+    seq = cache.add()
+    append(backend, cache, new(rng, cache, 1, 3), seq)
+    fork = cache.fork(seq)
+    held = [read(backend, cache, each)[0].tobytes() for each in (seq, fork)]
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._store.transfer, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("gone")))
+        with pytest.raises(RuntimeError):
+            append(backend, cache, new(rng, cache, 1, 1), fork)
+    assert [read(backend, cache, each)[0].tobytes() for each in (seq, fork)] == held
+    assert cache.length(cache.add(np.arange(9))) == 4 and not cupyattn.kvcache.find_leaks(cache)
 
 
 @pytest.mark.parametrize(
@@ -521,11 +983,13 @@ class Machine(RuleBasedStateMachine):
         self.model: dict[int, list[int]] = {}
         self.away: set[int] = set()
         self.freed: list[int] = []
+        self.batch: list[int] = []
 
     @rule(data=st.binary(min_size=150, max_size=150))
     def operations(self, data):
         kinds = (
             *(self.add, self.append, self.append, self.append_packed, self.extend_and_write, self.fork, self.free),
+            *(self.steps, self.steps, self.steps, self.table),
             *(self.truncate, self.reorder, self.swap_out, self.swap_in, self.commit, self.read, self.wrong),
         )
         for code, a, b in zip(data[::3], data[1::3], data[2::3], strict=True):
@@ -590,6 +1054,29 @@ class Machine(RuleBasedStateMachine):
         tokens = [[(b >> i) & 1 for i in range(b % 4)] for _ in seqs]
         k, v = self.rows(sum(tokens, []), (len(seqs), b % 4))
         self.grow(seqs, tokens, lambda: self.cache.append(k, v, seqs))
+
+    def steps(self, a, b):
+        """A token to each of some sequences, twice, and as a rule to those of the last steps."""
+        if b % 16 == 0 or not self.batch or not {*self.batch} <= self.model.keys() - self.away:
+            self.batch = self.here(a)
+        seqs = self.batch
+        for i in range(2):
+            tokens = [[(b >> i) & 1]] * len(seqs)
+            k, v = self.rows(sum(tokens, []), (len(seqs), 1))
+            self.grow(seqs, tokens, lambda k=k, v=v: self.cache.append(k, v, seqs))
+            self.agree()
+
+    def table(self, a, b):
+        """That of the last steps, and with another number of columns; both are those of every time before."""
+        seqs, cache = self.batch, self.cache
+        if {*seqs} <= self.model.keys() - self.away:
+            for columns in (0, 12):
+                table, width = cache.block_table(seqs, max_blocks=columns), cache.tables.shape[1]
+                rows = [[*self.model].index(seq) for seq in seqs]
+                for found in (table.host, self.backend.get(table.array)):
+                    assert np.array_equal(found[:, :width], cache.tables[rows, : table.max_blocks])
+                    assert (found[:, width:] == -1).all() and table.max_blocks >= columns
+                assert self.backend.get(table.seqlens).tolist() == [len(self.model[seq]) for seq in seqs]
 
     def append_packed(self, a, b):
         seqs = self.here(a)
@@ -699,14 +1186,23 @@ class Machine(RuleBasedStateMachine):
         assert allocator.num_used + allocator.num_free + allocator.num_evictable == cache.num_blocks
 
 
-def test_random_operations(backend):
+def test_random_operations(backend, monkeypatch):
     class Here(Machine):
         pass
 
     Here.backend = backend
+    taken, step = {True: 0, False: 0}, writing.Decoding.step
+
+    def counted(*arguments):
+        went_on = step(*arguments)
+        taken[went_on] += 1
+        return went_on
+
+    monkeypatch.setattr(writing.Decoding, "step", counted)
     examples = 8 if backend.on_gpu else 130
     run_state_machine_as_test(Here, settings=settings(max_examples=examples, stateful_step_count=20, deadline=None))
     assert Here.done >= OPERATIONS[backend.name]
+    assert taken[True] >= OPERATIONS[backend.name] // 20 and taken[False] >= OPERATIONS[backend.name] // 200
 
 
 @pytest.mark.backends("numpy")
@@ -720,6 +1216,25 @@ def test_numbers_that_no_sequence_can_have(backend):
         with pytest.raises(ValueError, match="got .* expected at most"):
             cache.extend(seq, number)
     assert cache.length(seq) == 6
+
+
+@pytest.mark.backends("numpy")
+def test_sequences_that_are_as_long_as_can_be(backend, rng, monkeypatch):
+    """Step by step and otherwise; a smaller number stands for 2**31 - 1."""
+    cache = make(backend)
+    for module in (paged, writing):
+        monkeypatch.setattr(module, "INT32_MAX", 7)
+    seqs = [cache.add(), cache.add()]
+    cache.extend(seqs, [1, 4])
+    for _ in range(3):
+        append(backend, cache, new(rng, cache, 2, 1), seqs)
+    for _ in range(2):
+        rows = new(rng, cache, 2, 1)
+        unchanged(
+            backend, cache, ValueError, lambda rows=rows: append(backend, cache, rows, seqs), "^seqs: got .* grow"
+        )
+    append(backend, cache, new(rng, cache, 1, 1), seqs[0])
+    assert cache.lengths.tolist() == [5, 7]
 
 
 @pytest.mark.backends("numpy")

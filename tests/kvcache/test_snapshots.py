@@ -383,12 +383,14 @@ def test_kill_9_while_saving(backend, rng, tmp_path, nameless):
     code = SAVING if nameless else "import os\nif hasattr(os, 'O_TMPFILE'): del os.O_TMPFILE\n" + SAVING
     environment = os.environ | {"PYTHONPATH": str(Path(cupyattn.__file__).parents[1])}
     seen = set()
-    for attempt in range(10):
+    for attempt in range(60):
+        if attempt >= 10 and seen:
+            break
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(path)], env=environment, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0, 0.02 if attempt < 3 else 0.3))
+        time.sleep(rng.uniform(0, 0.02 if attempt < 3 else 0.3 if attempt < 10 else 3))  # a slow disk takes its time
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -404,6 +406,33 @@ def test_kill_9_while_saving(backend, rng, tmp_path, nameless):
         for name in others:
             (tmp_path / name).unlink()
     assert seen <= {1.0, 2.0} and seen
+
+
+@pytest.mark.backends("numpy")
+@pytest.mark.parametrize("nameless", [True, False])
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127], ids=["ascii", "two bytes each"])
+def test_names_as_long_as_can_be(backend, rng, tmp_path, monkeypatch, nameless, name):
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    for _ in range(2):  # a new file, and one in its place
+        saved(rng, backend, tmp_path / name)
+        assert os.listdir(tmp_path) == [name] and len(PagedKVCache.load(tmp_path / name)) > 0
+
+
+@pytest.mark.backends("numpy")
+def test_names_that_no_file_can_have_are_refused_before_anything_is_written(backend, rng, tmp_path, monkeypatch):
+    cache = make(backend)
+    fill(backend, rng, cache)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(snapshots._Staging, "take", lambda *_: pytest.fail("something is written"))
+    with pytest.raises(OSError, match="name too long"):
+        cache.save(tmp_path / ("a" * 256))
+    with pytest.raises(IsADirectoryError, match="folder"):
+        cache.save(tmp_path / "folder")
+    with pytest.raises(FileExistsError, match="Not a regular file.*pipe"):
+        cache.save(tmp_path / "pipe")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
 
 @pytest.mark.backends("numpy")
