@@ -21,7 +21,8 @@ from test_arrays import in_library
 import cupyattn
 from cupyattn import arrays
 from cupyattn.compat import flash_attn
-from cupyattn.compat.flash_attn import bert_padding, flash_attn_interface
+from cupyattn.compat.flash_attn import bert_padding, caches, flash_attn_interface
+from cupyattn.compat.table import recorded
 
 DTYPES = ("float16", "bfloat16", "float32")
 ON_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cupy", "torch-cuda")]
@@ -70,6 +71,7 @@ MASKS = {
     "window": lambda rng, batch: {"window_size": (int(rng.integers(0, 6)), int(rng.integers(0, 6)))},
     "left": lambda rng, batch: {"window_size": [int(rng.integers(0, 6)), -1]},
     "causal window": lambda rng, batch: {"causal": True, "window_size": (int(rng.integers(0, 6)), 3)},
+    "array window": lambda rng, batch: {"window_size": np.array([rng.integers(-9, 6), 4])},
     "softcap": lambda rng, batch: {"softcap": float(rng.uniform(1, 5))},
     "alibi": lambda rng, batch: {"alibi_slopes": rng.uniform(0.1, 1, HEADS).astype(np.float32)},
     "alibi of each": lambda rng, batch: {"alibi_slopes": rng.uniform(0.1, 1, (batch, HEADS)).astype(np.float32)},
@@ -79,7 +81,10 @@ MASKS = {
 
 
 def for_oracle(masks):
-    return {{"window_size": "window"}.get(name, name): value for name, value in masks.items()}
+    masks = {{"window_size": "window"}.get(name, name): value for name, value in masks.items()}
+    if isinstance(masks.get("window"), np.ndarray):
+        masks["window"] = tuple(max(int(side), -1) for side in masks["window"])
+    return masks
 
 
 def weights(q, k, **masks):
@@ -92,52 +97,17 @@ def weights(q, k, **masks):
 # ---------------------------------------------------------------------------------------------- signatures
 
 
-MASK_ARGUMENTS = "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 alibi_slopes=None"
-TRAINING = f"{MASK_ARGUMENTS} deterministic=False return_attn_probs=False"
-PLACES = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
-SIGNATURES = {  # of flash_attn 2.8.3
-    "flash_attn_func": f"q k v {TRAINING}",
-    "flash_attn_kvpacked_func": f"q kv {TRAINING}",
-    "flash_attn_qkvpacked_func": f"qkv {TRAINING}",
-    "flash_attn_varlen_func": f"q k v {PLACES} {TRAINING} block_table=None",
-    "flash_attn_varlen_kvpacked_func": f"q kv {PLACES} {TRAINING}",
-    "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {TRAINING}",
-    "flash_attn_with_kvcache": "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None cache_seqlens=None "
-    "cache_batch_idx=None cache_leftpad=None block_table=None softmax_scale=None causal=False window_size=(-1,-1) "
-    "softcap=0.0 rotary_interleaved=True alibi_slopes=None num_splits=0 return_softmax_lse=False",
-    "bert_padding.unpad_input": "hidden_states attention_mask unused_mask=None",
-    "bert_padding.pad_input": "hidden_states indices batch seqlen",
-    "bert_padding.index_first_axis": "input indices",
-    "bert_padding.index_put_first_axis": "values indices first_axis_dim",
-    "utils.generation.allocate_inference_cache": "max_batch_size max_seqlen nheads headdim layers device "
-    "dtype='float16'",  # there torch.float16
-    "utils.generation.InferenceParams": "max_seqlen max_batch_size seqlen_offset=0 batch_size_offset=0 "
-    "key_value_memory_dict=<factory> lengths_per_sample=None",
-}
+CALLS = recorded.signatures(recorded.FLASH_ATTN)
 FLASH_ATTN_3 = (  # arguments of flash_attn_with_kvcache in FlashAttention-3, and learnable_sink and seqused_k of 4
     "page_table cu_seqlens_q cu_seqlens_k_new max_seqlen_q rotary_seqlens q_descale k_descale v_descale qv "
     "attention_chunk scheduler_metadata pack_gqa sm_margin learnable_sink seqused_k"
 )
 
 
-def found(name):
-    module, _, function = name.rpartition(".")
-    module = importlib.import_module(f"cupyattn.compat.flash_attn.{module}".rstrip("."))
-    return getattr(module, function)
-
-
-def written(parameter):
-    default = "" if parameter.default is parameter.empty else f"={parameter.default!r}".replace(" ", "")
-    return f"{parameter.name}{default}"
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_those_of_2_8(name):
-    parameters = inspect.signature(found(name)).parameters.values()
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert " ".join(map(written, positional)) == SIGNATURES[name]
-    others = {p.name for p in parameters} - {p.name for p in positional}
-    assert others == (set(FLASH_ATTN_3.split()) if name == "flash_attn_with_kvcache" else set())
+def test_own_arguments_are_by_keyword():
+    """So that they take no place of 2.8's."""
+    parameters = inspect.signature(flash_attn.flash_attn_with_kvcache).parameters.values()
+    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == set(FLASH_ATTN_3.split())
 
 
 def test_names_are_where_callers_import_them_from():
@@ -146,7 +116,7 @@ def test_names_are_where_callers_import_them_from():
     generation = importlib.import_module("cupyattn.compat.flash_attn.utils.generation")
     assert generation.InferenceParams is cupyattn.InferenceParams
     assert generation.allocate_inference_cache is cupyattn.allocate_inference_cache
-    assert set(flash_attn.__all__) == {name for name in SIGNATURES if "." not in name}
+    assert set(flash_attn.__all__) == {name for name in CALLS if "." not in name}
 
 
 def test_no_array_library_is_imported():
@@ -334,10 +304,12 @@ def test_rows_behind_the_last_sequence(rng, library):
 class Step:
     """A random step of a decoder: NumPy arguments of flash_attn_with_kvcache, and what must come of them."""
 
-    def __init__(self, rng, store, seqlen_q=None, seqlen_new=0, rotary=None, leftpad=False, masks="none", room=40):
+    def __init__(
+        self, rng, store, seqlen_q=None, seqlen_new=0, rotary=None, leftpad=False, masks="none", room=40, lengths=None
+    ):
         self.dtype = dtype = str(rng.choice(["float16", "bfloat16"]))
         batch = 3
-        lengths = rng.integers(0, room - seqlen_new, batch)
+        lengths = rng.integers(0, room - seqlen_new, batch) if lengths is None else np.array(lengths)
         pairs = [tuple(normal(rng, (2, n, KV_HEADS, HEAD_DIM), dtype)) for n in lengths]
         self.places = {"cache_seqlens": lengths.astype(np.int32)}
         if store == "paged":
@@ -468,8 +440,7 @@ def test_all_of_the_cache_without_lengths(rng, library):
 @pytest.mark.parametrize("seqlen_new", [0, 1, 3])
 def test_steps_that_may_have_rows_without_keys(rng, library, seqlen_new):
     """Empty sequences, and more queries than keys: each is known by another sign on the host."""
-    step = Step(rng, "paged", 3, seqlen_new, masks="causal")
-    step.places["cache_seqlens"][:] = [0, 1, 9]
+    step = Step(rng, "paged", 3, seqlen_new, masks="causal", lengths=[0, 1, 9])
     _, lse = step.run(library)
     assert (get(lse)[0] == np.inf).sum() == HEADS * (3 - seqlen_new)
 
@@ -554,6 +525,64 @@ def test_descale_of_an_fp8_cache(rng):
     check(expected, out, lse, "float16")
 
 
+def scattered(array):
+    """The same numbers with head_dim far apart, in NumPy and PyTorch."""
+    if array.ndim < 3:
+        return array
+    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+@pytest.mark.parametrize("library", WRITABLE)
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("flash_attn")])
+def test_queries_keys_and_values_whose_head_dim_is_scattered(rng, library, name):
+    """They are copied, as by flash_attn; caches are not, as there."""
+    given = {key: normal(rng, x.shape, "float16") if hasattr(x, "dtype") and x.dtype == np.float16 else x
+             for key, x in arguments(name).items()}  # fmt: skip
+    apart = {"q", "k", "v", "kv", "qkv"}
+
+    def of_library(key, x):
+        array = put(library, np.ascontiguousarray(x) if key not in apart or not isinstance(x, np.ndarray) else x)
+        if key not in apart:
+            return array
+        axes = (array.ndim - 1, array.ndim - 2)
+        turned = put(library, np.ascontiguousarray(x.swapaxes(*axes)))
+        return turned.swapaxes(*axes)
+
+    options = {} if name == "flash_attn_with_kvcache" else {"return_attn_probs": True}
+    plain = getattr(flash_attn, name)(**{key: put(library, x) for key, x in given.items()}, **options)
+    there = {key: of_library(key, x) if isinstance(x, np.ndarray) else x for key, x in given.items()}
+    assert any(arrays.view(x).strides[-1] != 1 for key, x in there.items() if key in apart)
+    got = getattr(flash_attn, name)(**there, **options)
+    for one, other in zip(got if options else [got], plain if options else [plain], strict=True):
+        assert get(one).tobytes() == get(other).tobytes()
+
+
+def test_a_cache_whose_head_dim_is_scattered_is_refused():
+    given = arguments("flash_attn_with_kvcache")
+    given["k_cache"] = scattered(given["k_cache"])
+    with pytest.raises(ValueError, match="^k_cache: got stride 2 in the last dimension"):
+        flash_attn.flash_attn_with_kvcache(**given)
+
+
+@pytest.mark.parametrize("seqlen_new", [0, 2])
+@pytest.mark.parametrize("length", ["int", "none", "array"])
+def test_an_lse_is_looked_through_only_where_a_row_may_be_without_keys(rng, monkeypatch, length, seqlen_new):
+    """What the host knows of the lengths says so; looking costs a kernel."""
+    looked = []
+    monkeypatch.setattr(flash_attn_interface, "flash_attn_lse", lambda lse: looked.append(lse) or lse)
+    q, caches = normal(rng, (2, 3, HEADS, HEAD_DIM), "float16"), normal(rng, (2, 2, 9, KV_HEADS, HEAD_DIM), "float16")
+    new = dict(zip("kv", normal(rng, (2, 2, seqlen_new, KV_HEADS, HEAD_DIM), "float16"), strict=True))
+    lengths = {"int": 4, "none": None, "array": np.array([4, 5], np.int32)}[length]
+    if length == "none" and seqlen_new:
+        return
+    options = {"cache_seqlens": lengths, "causal": True, "return_softmax_lse": True} | (new if seqlen_new else {})
+    flash_attn.flash_attn_with_kvcache(q, *caches, **options)
+    assert bool(looked) is (length == "array")
+    if length == "int" and not seqlen_new:
+        flash_attn.flash_attn_with_kvcache(q, *caches, **options | {"cache_seqlens": 2})
+        assert looked
+
+
 # -------------------------------------------------------------------------------------------------- refusals
 
 
@@ -579,10 +608,10 @@ def halves(*shape):
     return np.ones(shape, np.float16)
 
 
-FUNCTIONS = [name for name in SIGNATURES if name.startswith("flash_attn")]
+FUNCTIONS = [name for name in CALLS if name.startswith("flash_attn")]
 EVERYWHERE = [
     ({"window_size": (1,)}, r"window_size: got \(1,\), expected \(left, right\) as two ints"),
-    ({"window_size": (-2, 0)}, r"window_size: got \(-2, 0\), expected sides of -1"),
+    ({"window_size": (1.5, 0)}, r"window_size: got \(1.5, 0\), expected \(left, right\) as two ints"),
     ({"softcap": -1.0}, "softcap: got -1.0, expected a positive number"),
     ({"causal": 2}, "causal: got 2, expected True or False"),
     ({"softmax_scale": "1"}, "softmax_scale: got '1', expected a number"),
@@ -703,8 +732,9 @@ def test_gradients_are_refused():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_call_of_this_library_with_the_callers_own_arrays(monkeypatch, name):
     calls = []
-    for served in ("attention", "attention_varlen", "attention_with_kvcache"):
+    for served in ("attention", "attention_varlen"):
         monkeypatch.setattr(flash_attn_interface, served, lambda *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(caches, "attention_with_kvcache", lambda *given, **options: calls.append((given, options)))
     given = arguments(name)
     assert getattr(flash_attn, name)(**given) is None
     ((passed, options),) = calls
@@ -756,6 +786,20 @@ def test_unpadding_and_padding(rng, library, dtype, kind, unused):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_unpadding_rows_of_several_sequences(rng, library):
+    lengths = np.array([[2, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [3, 0, 2, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
+    padded = normal(rng, (4, 6, 3), "float32")
+    given = put(library, padded), put(library, lengths)
+    tokens, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(*given)
+    kept = np.arange(6) < lengths.sum(axis=1)[:, None]
+    assert get(tokens).tobytes() == padded[kept].tobytes() and get(indices).tolist() == np.flatnonzero(kept).tolist()
+    assert get(cu_seqlens).tolist() == cumulative([2, 3, 3, 2, 6]).tolist() and get(cu_seqlens).dtype == np.int32
+    assert longest == 6 and type(longest) is int
+    none = bert_padding.unpad_input_for_concatenated_sequences(given[0], put(library, np.zeros_like(lengths)))
+    assert get(none[2]).tolist() == [0] and none[3] == 0 and none[0].shape[0] == 0
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_rows_by_their_indices(rng, library):
     rows, indices = normal(rng, (6, 2, 3), "bfloat16"), rng.integers(0, 6, 9)
     given = put(library, rows), put(library, indices)
@@ -795,6 +839,11 @@ def test_a_padded_batch_from_mask_to_output(rng, library):
         ("unpad_input", {"attention_mask": np.ones((2, 4))}, r"attention_mask: got shape \(2, 4\), expected \(2, 3\)"),
         ("unpad_input", {"attention_mask": None}, "attention_mask: got None"),
         ("unpad_input", {"unused_mask": np.ones((3, 2))}, r"unused_mask: got shape \(3, 2\)"),
+        (
+            "unpad_input_for_concatenated_sequences",
+            {"attention_mask_in_length": np.ones((3, 2), int)},
+            r"attention_mask_in_length: got shape \(3, 2\)",
+        ),
         ("pad_input", {"indices": np.arange(3)}, r"indices: got 3 of them, expected one for each row .*\(2, 8\)"),
         ("pad_input", {"indices": np.zeros((2, 1), int)}, r"indices: got shape \(2, 1\), expected 1-D"),
         ("pad_input", {"hidden_states": None}, "hidden_states: got None"),
@@ -804,6 +853,7 @@ def test_a_padded_batch_from_mask_to_output(rng, library):
 def test_refusals_of_padding(function, wrong, complaint):
     given = {
         "unpad_input": {"hidden_states": np.ones((2, 3, 8)), "attention_mask": np.ones((2, 3), int)},
+        "unpad_input_for_concatenated_sequences": {"hidden_states": np.ones((2, 3, 8))},
         "pad_input": {"hidden_states": np.ones((2, 8)), "indices": np.arange(2), "batch": 2, "seqlen": 3},
         "index_first_axis": {"input": np.ones((2, 8)), "indices": np.arange(2)},
     }[function]
@@ -1078,7 +1128,37 @@ def test_decoding_as_people_have_written_it(rng, device):
     check(expected, out, None, "float16")
 
 
-@pytest.mark.parametrize("name", ["", ".flash_attn_interface", ".bert_padding"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("library", WRITABLE)
+def test_rotary_embedding(rng, library, packed, interleaved):
+    rotary = importlib.import_module("cupyattn.compat.flash_attn.layers.rotary")
+    x, offsets = normal(rng, (2, 5, HEADS, HEAD_DIM), "float32"), np.array([3, 0], np.int32)
+    angles = np.outer(np.arange(9), 100.0 ** -np.linspace(0, 1, 8))
+    tables = [put(library, f(angles).astype(np.float32)) for f in (np.cos, np.sin)]
+    turn = np.exp(1j * angles[offsets[:, None] + np.arange(5)])[:, :, None]
+    first, second = (slice(0, 16, 2), slice(1, 16, 2)) if interleaved else (slice(8), slice(8, 16))
+    expected = x.astype(np.float64)
+    pairs = (x[..., first] + 1j * x[..., second]) * turn
+    expected[..., first], expected[..., second] = pairs.real, pairs.imag
+    options = {"interleaved": interleaved, "seqlen_offsets": put(library, offsets)}
+    if packed:
+        options |= {"cu_seqlens": put(library, cumulative([5, 5])), "max_seqlen": 5}
+    given = put(library, x.reshape(10, HEADS, HEAD_DIM) if packed else x)
+    out = rotary.apply_rotary_emb(given, *tables, **options)
+    assert np.allclose(get(out).reshape(x.shape), expected, rtol=0, atol=1e-6) and get(given).tobytes() == x.tobytes()
+    assert rotary.apply_rotary_emb(given, *tables, inplace=True, **options) is given
+    assert get(given).tobytes() == get(out).tobytes()
+
+
+def test_rotary_embedding_refuses_by_its_own_names():
+    rotary = importlib.import_module("cupyattn.compat.flash_attn.layers.rotary")
+    x, table = np.ones((2, 5, 4, 32), np.float32), np.ones((9, 8), np.float32)
+    with pytest.raises(ValueError, match="^seqlen_offsets: got"):
+        rotary.apply_rotary_emb(x, table, table, seqlen_offsets=5)
+
+
+@pytest.mark.parametrize("name", ["", ".flash_attn_interface", ".bert_padding", ".layers.rotary"])
 def test_examples(name):
     results = doctest.testmod(importlib.import_module(f"cupyattn.compat.flash_attn{name}"))
     assert results.attempted and not results.failed

@@ -311,6 +311,58 @@ def test_tables_that_grow_over_one_pool(rng, lib):
 
 
 @over_libs()
+def test_plans_of_one_form_write_to_the_same_place(rng, lib):
+    """As FlashInfer's do to its workspace, so that a plan costs one transfer; other forms get places of their own."""
+    wrapper, places = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace()), []
+    for lengths in ([5, 33], [6, 40], [100, 1, 7], [6, 200], [7, 201]):
+        p, q = paged(rng, lengths, 16), normal(rng, (len(lengths), 8, 64), "float32")
+        wrapper.plan(*lib.put(p.table), 8, 2, 64, 16, q_data_type="float32")
+        check_base2(expect(p, q), lib.get(wrapper.run(lib.put(q), p.cache(lib))), None, "float32")
+        places.append((wrapper._tables.table, wrapper._tables.lengths))
+    same = [all(one is other for one, other in zip(*pair, strict=True)) for pair in itertools.pairwise(places)]
+    assert same == [True, False, False, True]
+
+
+@over_libs()
+def test_page_ids_are_compared_with_every_cache(rng, lib):
+    """Where the host has them: also in a plan that is like the one before but for them, and over a smaller cache."""
+    p, q = paged(rng, [5, 33], 16), normal(rng, (2, 8, 64), "float32")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())
+    here = lib.put(q), p.cache(lib)
+    for bad in (None, len(p.k), -1):
+        indices = p.indices.copy()
+        if bad is not None:
+            indices[2] = bad
+        wrapper.plan(lib.put(p.indptr), indices, lib.put(p.last), 8, 2, 64, 16, q_data_type="float32")
+        if bad is None:
+            check_base2(expect(p, q), lib.get(wrapper.run(*here)), None, "float32")
+            continue
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"indices: got page {bad} at .2., of sequence 1, expected 0 to"):
+                wrapper.run(*here)
+    wrapper.plan(lib.put(p.indptr), p.indices, lib.put(p.last), 8, 2, 64, 16, q_data_type="float32")
+    few = int(p.indices.max())
+    with pytest.raises(ValueError, match=f"indices: got page {few} at"):
+        wrapper.run(here[0], tuple(cache[:few] for cache in here[1]))
+    check_base2(expect(p, q), lib.get(wrapper.run(*here)), None, "float32")
+
+
+@over_libs()
+def test_a_plan_that_is_refused_late_leaves_the_tables_as_they_were(rng, lib):
+    """It is of the same form as the one before, and would write to the same place."""
+    p, q = paged(rng, [5, 33], 16), normal(rng, (2, 8, 64), "float32")
+    table = lib.put(np.where(p.block_table < 0, 0, p.block_table))
+    wrapper = planned(lib, p, q, block_tables=table)
+    other = paged(rng, [1, 40], 16)
+    with pytest.raises(ValueError, match="block_tables: got an array, expected None beside ROPE_LLAMA"):
+        wrapper.plan(
+            *lib.put(other.table), 8, 2, 64, 16, block_tables=table, q_data_type="float32",
+            pos_encoding_mode="ROPE_LLAMA",
+        )  # fmt: skip
+    check_base2(expect(p, q), lib.get(wrapper.run(lib.put(q), p.cache(lib))), None, "float32")
+
+
+@over_libs()
 def test_a_refused_plan_leaves_the_one_before_in_force(rng, lib):
     p, q = paged(rng, LENGTHS, 16), normal(rng, (5, 8, 64), "float32")
     wrapper = planned(lib, p, q)
@@ -352,6 +404,17 @@ def test_tables_for_graphs_stay_where_they_are(rng, lib):
         assert tables.table is where[0] and tables.lengths is where[1]
         out, lse = wrapper.run(lib.put(q), p.cache(lib), return_lse=True)
         check_base2(expect(p, q), lib.get(out), lib.get(lse), "float32")
+
+
+@over_libs()
+def test_block_tables_for_graphs_do_not_grow_with_the_batch_without_bound(lib):
+    """An engine's buffer is for all sequences: a table of so many columns for each would not fit a GPU."""
+    buffers = [lib.put(np.zeros(size, np.int32)) for size in (1001, 10_000_000, 1000)]
+    wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(lib.workspace(64), *buffers)
+    columns = wrapper._fixed._columns
+    assert 10_000 <= columns and columns * 1000 <= (1 << 26) + 1000
+    small = [lib.put(np.zeros(size, np.int32)) for size in (4, 12, 3)]
+    assert flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(lib.workspace(64), *small)._fixed._columns == 12
 
 
 @pytest.mark.gpu

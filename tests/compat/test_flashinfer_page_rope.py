@@ -40,6 +40,35 @@ def test_batch_indices_and_positions(rng, lib, new, behind):
     assert [lib.get(x).tolist() for x in targets] == [owner, place]
 
 
+@over_libs()
+def test_index_arrays_of_int64(rng, lib):
+    """FlashInfer casts those of these functions, and its documentation passes them."""
+    new, lengths = [3, 0, 2, 1], np.array([10, 3, 2, 40])
+    wide = lib.put(starts(new).astype(np.int64)), lib.put(lengths)
+    narrow = lib.put(starts(new)), lib.put(lengths.astype(np.int32))
+    for one, other in zip(
+        flashinfer.get_batch_indices_positions(*wide, 6),
+        flashinfer.get_batch_indices_positions(*narrow, 6),
+        strict=True,
+    ):
+        assert lib.get(one).tolist() == lib.get(other).tolist() and lib.get(one).dtype == np.int32
+    p = paged(rng, [10, 4, 33, 17], 5)
+    table = [lib.put(x.astype(np.int64)) for x in (p.indices, p.indptr, p.last)]
+    got = lib.get(flashinfer.get_seq_lens(table[1], table[2], 5))
+    assert got.tolist() == p.lengths.tolist() and got.dtype == np.int32
+    k, v = normal(rng, (2, 6, 2, 64), "float32")
+    owner, place = [0, 0, 0, 2, 2, 3], [7, 8, 9, 31, 32, 16]
+    cache = p.cache(lib)
+    flashinfer.append_paged_kv_cache(*lib.put((k, v, np.array(owner), np.array(place))), cache, *table)
+    for array, expected in zip(cache, appended(p, new, k, v), strict=True):
+        assert lib.get(array).tobytes() == expected.tobytes()
+    x, ends, first = normal(rng, (5, 2, 64), "float32"), starts([2, 3]), np.array([7, 0], np.int32)
+    turned_by = [
+        flashinfer.apply_rope(*lib.put((x, x, ends.astype(kind), first.astype(kind)))) for kind in ("i8", "i4")
+    ]
+    assert lib.get(turned_by[0][0]).tobytes() == lib.get(turned_by[1][0]).tobytes()
+
+
 def appended(p, new, k, v):
     """Copies of the caches with rows written one by one at the end of their sequences."""
     copies, row = (p.k.copy(), p.v.copy()), 0

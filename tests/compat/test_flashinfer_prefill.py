@@ -498,6 +498,32 @@ def test_wrappers_for_graphs(rng, lib):
 
 
 @over_libs()
+def test_wrappers_for_graphs_take_as_many_rows_as_the_last_plan_says(rng, lib):
+    """As FlashInfer's, in runs that no graph has captured; other numbers are refused."""
+    buffers = [lib.put(np.zeros(size, np.int32)) for size in (4, 4, 20, 3)]
+    paged_wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(lib.workspace(), "NHD", True, *buffers)
+    ragged_wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(lib.workspace(), "NHD", True, *buffers[:2])
+    for queries, lengths in (([4, 4, 4], [40, 50, 60]), ([3, 0, 7], [10, 4, 33])):
+        rows = sum(queries)
+        p, q = paged(rng, lengths, 16), normal(rng, (rows, 8, 64), "float32")
+        options = {"causal": True, "q_data_type": "float32"}
+        paged_wrapper.plan(lib.put(starts(queries)), *lib.put(p.table), 8, 2, 64, 16, **options)
+        target = lib.put(np.full(q.shape, np.nan, np.float32))
+        out, lse = paged_wrapper.run(lib.put(q), p.cache(lib), out=target, return_lse=True)
+        assert out is target
+        check_base2(expect(p, q, queries, causal=True), lib.get(out), lib.get(lse), "float32")
+        k, v = normal(rng, (2, sum(lengths), 2, 64), "float32")
+        ragged_wrapper.plan(lib.put(starts(queries)), lib.put(starts(lengths)), 8, 2, 64, **options)
+        out, lse = ragged_wrapper.run(*lib.put((q, k, v)), return_lse=True)
+        expected = oracle.attention_varlen(q, k, v, starts(queries), starts(lengths), causal=True)
+        check_base2(expected, lib.get(out), lib.get(lse), "float32")
+        with pytest.raises(ValueError, match=r"q: got shape \(11, 8, 64\), expected \(12, 8, 64\)"):
+            paged_wrapper.run(lib.put(np.ones((11, 8, 64), np.float32)), p.cache(lib))
+        with pytest.raises(ValueError, match=r"k: got shape \(9, 2, 64\), expected \(150, 2, 64\)"):
+            ragged_wrapper.run(*lib.put((q, k[:9], v[:9])))
+
+
+@over_libs()
 def test_no_queries(lib):
     """Neither of a batch of sequences, nor in an empty batch."""
     none = np.zeros(0, np.int32)

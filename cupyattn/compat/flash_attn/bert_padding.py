@@ -45,9 +45,7 @@ def unpad_input(
     ((3, 8), [0, 1, 3], [0, 2, 3], 2)
     """
     xp = _module("hidden_states", hidden_states)
-    shape = tuple(hidden_states.shape)
-    if len(shape) < 2:
-        refuse("hidden_states", f"shape {shape}", "(batch, seqlen, ...)")
+    shape = _shape_of_batch(hidden_states)
     _check_mask("attention_mask", attention_mask, xp, shape)
     kept = attention_mask
     if unused_mask is not None:
@@ -58,6 +56,39 @@ def unpad_input(
     tokens = index_first_axis(hidden_states.reshape(shape[0] * shape[1], *shape[2:]), indices)
     longest = int(lengths.max()) if shape[0] else 0
     return tokens, indices, create_cu_seqlens(lengths), longest, attention_mask.sum(-1, dtype=xp.int32)
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Array, attention_mask_in_length: Array
+) -> tuple[Array, Array, Array, int]:
+    """`unpad_input` of a batch whose rows hold several short sequences each, one behind the other.
+
+    Args:
+        hidden_states: (batch, seqlen, ...).
+        attention_mask_in_length: integers (batch, seqlen): the lengths of a row's sequences, anywhere in it, else 0.
+
+    Returns:
+        (hidden_states, indices, cu_seqlens, max_seqlen_in_batch) as of `unpad_input`, for all the short sequences.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+
+    >>> import numpy as np
+    >>> from cupyattn.compat.flash_attn.bert_padding import unpad_input_for_concatenated_sequences as unpad
+    >>> tokens, indices, cu_seqlens, longest = unpad(np.ones((2, 4, 8)), np.array([[1, 2, 0, 0], [3, 0, 0, 0]]))
+    >>> indices.tolist(), cu_seqlens.tolist(), longest
+    ([0, 1, 2, 4, 5, 6], [0, 1, 3, 6], 3)
+    """
+    xp = _module("hidden_states", hidden_states)
+    shape = _shape_of_batch(hidden_states)
+    lengths = attention_mask_in_length
+    _check_mask("attention_mask_in_length", lengths, xp, shape)
+    kept = xp.cumsum(xp.ones_like(lengths), -1) <= lengths.sum(-1)[:, None]
+    indices = xp.argwhere(kept.reshape(-1)).reshape(-1)
+    tokens = index_first_axis(hidden_states.reshape(shape[0] * shape[1], *shape[2:]), indices)
+    flat = lengths.reshape(-1)
+    own = flat[flat > 0]
+    return tokens, indices, create_cu_seqlens(own), int(own.max()) if own.shape[0] else 0
 
 
 def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> Array:
@@ -122,6 +153,13 @@ def _module(name: str, array: Array) -> Any:
     if jax is not None and isinstance(array, jax.Array):
         return jax.numpy
     refuse(name, "None" if array is None else f"a {type(array).__name__}", ACCEPTED, TypeError)
+
+
+def _shape_of_batch(hidden_states: Array) -> tuple[int, ...]:
+    shape = tuple(hidden_states.shape)
+    if len(shape) < 2:
+        refuse("hidden_states", f"shape {shape}", "(batch, seqlen, ...)")
+    return shape
 
 
 def _check_mask(name: str, mask: Array, xp: Any, shape: tuple[int, ...]) -> None:

@@ -8,18 +8,33 @@ from typing import Any
 
 from ...arrays import refuse
 
+_SCATTERED = re.compile(r"([qkv]): got stride -?\d+ in the last dimension")
 _COMPLAINT = re.compile(r"\w+: got ")
 _NAME = re.compile(r"\b[a-z]\w*\b")
 _NO_ARGUMENT_HERE = re.compile(r", (?:or|with) (?:layout|kv_dtype|kernel)=.*")
 
 
 def named(names: Mapping[str, str], function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
-    """function(*arrays, **options), a function of this library whose complaints are to name arguments otherwise."""
+    """function(*arrays, **options), a function of this library whose complaints are to name arguments otherwise.
+
+    q, k and v, by position unless they are options, are copied if their head_dim is not contiguous, as flash_attn does.
+    """
     try:
         return function(*arrays, **options)
     except (TypeError, ValueError) as error:
-        rename(error, names)
-        raise
+        scattered = _SCATTERED.match(str(error))
+        if scattered is None:
+            rename(error, names)
+            raise
+    name = scattered[1]
+    if name in options:
+        return named(names, function, *arrays, **options | {name: _copied(options[name])})
+    place = "qkv".index(name)
+    return named(names, function, *arrays[:place], _copied(arrays[place]), *arrays[place + 1 :], **options)
+
+
+def _copied(array: Any) -> Any:
+    return array.contiguous() if hasattr(array, "contiguous") else array.copy()
 
 
 def rename(error: Exception, names: Mapping[str, str]) -> None:

@@ -24,20 +24,16 @@ Bad arguments raise TypeError or ValueError before anything is written, by their
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import numpy as np
-
-from ...arrays import ACCEPTED, refuse, view
-from ...attention import Array, attention, attention_varlen, attention_with_kvcache
-from ...kvcache.placing import put
+from ...arrays import ACCEPTED, refuse
+from ...attention import Array, attention, attention_varlen
+from .caches import NAMES, attend_cache, cache_masks, cache_names, either, masks_of
 from .complaints import named, refuse_dropout
 from .results import flash_attn_lse, may_be_blind, probabilities, varlen_probabilities
 
 Results = Array | tuple[Array, Array, Array]
 
-NAMES = {"window": "window_size"}  # what cupyattn's functions call arguments, and what they are called here
 KV_NAMES = {**NAMES, "k": "kv", "v": "kv"}
 QKV_NAMES = {**KV_NAMES, "q": "qkv", "k": "qkv", "v": "qkv"}
 VARLEN_QKV_NAMES = {
@@ -47,21 +43,6 @@ VARLEN_QKV_NAMES = {
     "max_seqlen_q": "max_seqlen",
     "max_seqlen_k": "max_seqlen",
 }
-
-
-@cache
-def _cache_names(packed_queries: bool, page_table: bool, seqused_k: bool) -> dict[str, str]:
-    """The same for flash_attn_with_kvcache, by the function that serves it and the spellings that were used."""
-    names = {"return_lse": "return_softmax_lse", "sinks": "learnable_sink", "k_scale": "k_descale"}
-    names |= {**NAMES, "v_scale": "v_descale"}
-    if page_table:
-        names["block_table"] = "page_table"
-    if seqused_k:
-        names["cache_seqlens"] = "seqused_k"
-    if packed_queries:
-        names |= {"k": "k_cache", "v": "v_cache"}
-        names["seqused_k"] = "seqused_k" if seqused_k else "cache_seqlens"
-    return names
 
 
 def flash_attn_func(
@@ -95,7 +76,7 @@ def flash_attn_func(
     >>> softmax_lse.shape, S_dmask[0, 0, 0].tolist()
     ((2, 8, 3), [0.333251953125, 0.333251953125, 0.333251953125, 0.0, 0.0])
     """
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
     return _dense(q, k, v, dropout_p, return_attn_probs, masks, NAMES)
 
 
@@ -112,8 +93,8 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Results:
     """`flash_attn_func` with keys and values in one array, kv (batch, seqlen_k, 2, nheads_k, headdim)."""
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    k, v = _parts("kv", kv, 2, "(batch, seqlen_k, 2, nheads_k, headdim)")
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    k, v = parts("kv", kv, 2, "(batch, seqlen_k, 2, nheads_k, headdim)")
     return _dense(q, k, v, dropout_p, return_attn_probs, masks, KV_NAMES)
 
 
@@ -129,8 +110,8 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Results:
     """`flash_attn_func` with all in one array, qkv (batch, seqlen, 3, nheads, headdim)."""
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    q, k, v = _parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)")
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)")
     return _dense(q, k, v, dropout_p, return_attn_probs, masks, QKV_NAMES)
 
 
@@ -170,7 +151,7 @@ def flash_attn_varlen_func(
         (nheads, total_q), S_dmask the softmax's weights (batch, nheads, max_seqlen_q, max_seqlen_k), zeros behind a
         shorter sequence's end.
     """
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     return _varlen(q, k, v, places, dropout_p, return_attn_probs, masks, NAMES)
 
@@ -192,8 +173,8 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Results:
     """`flash_attn_varlen_func` with keys and values in one array, kv (total_k, 2, nheads_k, headdim)."""
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    k, v = _parts("kv", kv, 2, "(total_k, 2, nheads_k, headdim)")
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    k, v = parts("kv", kv, 2, "(total_k, 2, nheads_k, headdim)")
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     return _varlen(q, k, v, places, dropout_p, return_attn_probs, masks, KV_NAMES)
 
@@ -212,8 +193,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Results:
     """`flash_attn_varlen_func` with all in one array, qkv (total, 3, nheads, headdim)."""
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    q, k, v = _parts("qkv", qkv, 3, "(total, 3, nheads, headdim)")
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    q, k, v = parts("qkv", qkv, 3, "(total, 3, nheads, headdim)")
     places = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None)
     return _varlen(q, k, v, places, dropout_p, return_attn_probs, masks, VARLEN_QKV_NAMES)
 
@@ -301,64 +282,31 @@ def flash_attn_with_kvcache(
     >>> out.shape, float(k_cache[0, 5, 0, 0])
     ((1, 1, 8, 64), 1.0)
     """
-    names = _cache_names(cu_seqlens_q is not None, page_table is not None, seqused_k is not None)
-    block_table = _either("block_table", block_table, "page_table", page_table)
-    cache_seqlens = _either("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
-    if attention_chunk or not (qv is q_descale is rotary_seqlens is cu_seqlens_k_new is None):
-        _refuse_what_is_missing(qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new, k)
-    masks = _masks(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    masks["sinks"], masks["return_lse"] = learnable_sink, return_softmax_lse
-    if cu_seqlens_q is not None:
-        alone = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_leftpad": cache_leftpad}
-        _refuse_beside_packed_queries(alone | {"k_descale": k_descale, "v_descale": v_descale})
-        if block_table is None and cache_batch_idx is not None:
-            names = names | {"block_table": "cache_batch_idx"}  # which is what becomes of it
-        places = (cu_seqlens_q, max_seqlen_q, cache_seqlens, cache_batch_idx, block_table)
-        results = named(names, _packed_queries, q, k_cache, v_cache, *places, masks)
-        return _with_lse(results) if return_softmax_lse else results
-    if block_table is None and cache_batch_idx is None:
-        k_cache, v_cache = _first_entries(q, k_cache, v_cache)
-    results = named(
-        names,
-        attention_with_kvcache,
+    block_table = either("block_table", block_table, "page_table", page_table)
+    masks = cache_masks(causal, window_size, softmax_scale, softcap, alibi_slopes, learnable_sink, return_softmax_lse)
+    results, may_lack_keys = attend_cache(
         q,
         k_cache,
         v_cache,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        k_scale=k_descale,
-        v_scale=v_descale,
-        num_splits=num_splits,
-        **masks,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        either("cache_seqlens", cache_seqlens, "seqused_k", seqused_k),
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        cu_seqlens_q,
+        max_seqlen_q,
+        k_descale,
+        v_descale,
+        num_splits,
+        (qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new),
+        masks,
+        cache_names(cu_seqlens_q is not None, page_table is not None, seqused_k is not None),
     )
-    if not return_softmax_lse:
-        return results
-    fewest = 0 if k is None or cache_leftpad is not None else k.shape[1]
-    return _with_lse(results) if may_be_blind(q.shape[1], fewest, causal, window_size) else results
-
-
-def _masks(
-    causal: bool,
-    window_size: tuple[int, int],
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-) -> dict[str, Any]:
-    """The options that all of this library's functions take, by their names there."""
-    return {
-        "causal": causal,
-        "window": window_size,
-        "softmax_scale": softmax_scale,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-    }
+    return _with_lse(results) if return_softmax_lse and may_lack_keys else results
 
 
 def _dense(
@@ -375,7 +323,9 @@ def _dense(
     if not return_attn_probs:
         return named(names, attention, q, k, v, **masks)
     results = named(names, attention, q, k, v, return_lse=True, **masks)
-    return *_with_lse(results), probabilities(q, k, masks)
+    if may_be_blind(q.shape[1], k.shape[1], masks["causal"], masks["window"]):
+        results = _with_lse(results)
+    return *results, named(names, probabilities, q, k, masks)
 
 
 def _varlen(
@@ -408,7 +358,7 @@ def _varlen(
     )
     if not return_attn_probs:
         return results
-    return *_with_lse(results), varlen_probabilities(q, k, *places, masks)
+    return *_with_lse(results), named(names, varlen_probabilities, q, k, *places, masks)
 
 
 def _with_lse(results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -417,79 +367,7 @@ def _with_lse(results: tuple[Array, Array]) -> tuple[Array, Array]:
     return out, flash_attn_lse(lse)
 
 
-def _packed_queries(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    cu_seqlens_q: Array,
-    max_seqlen_q: int | None,
-    cache_seqlens: Array | int | None,
-    cache_batch_idx: Array | None,
-    block_table: Array | None,
-    masks: dict[str, Any],
-) -> Array | tuple[Array, Array]:
-    """`attention_varlen` over a cache. A dense one is paged, with one block for each of its entries."""
-    if block_table is None:
-        block_table = _entries_as_blocks(q, k_cache, cu_seqlens_q, cache_batch_idx)
-    elif cache_batch_idx is not None:
-        refuse("cache_batch_idx", "given together with block_table", "one of the two")
-    if cache_seqlens is None or isinstance(cache_seqlens, (int, np.integer)):
-        cache_seqlens = _uniform_lengths(q, k_cache, cu_seqlens_q, block_table, cache_seqlens)
-    return attention_varlen(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        block_table=block_table,
-        seqused_k=cache_seqlens,
-        **masks,
-    )
-
-
-def _entries_as_blocks(q: Array, k_cache: Array, cu_seqlens_q: Array, cache_batch_idx: Array | None) -> Array:
-    """A block table (batch, 1) for a dense cache."""
-    entries, batch = view(k_cache, "k_cache").shape[0], _batch_of(cu_seqlens_q)
-    if cache_batch_idx is not None:
-        index = view(cache_batch_idx, "cache_batch_idx")
-        if index.shape != (batch,):
-            refuse("cache_batch_idx", f"shape {index.shape}", f"({batch},)")
-        return cache_batch_idx[:, None]
-    if entries < batch:
-        refuse("k_cache", f"{entries} entries", f"at least the {batch} sequences of cu_seqlens_q")
-    return put(np.arange(batch, dtype=np.int32)[:, None], view(q, "q"))
-
-
-def _uniform_lengths(q: Array, k_cache: Array, cu_seqlens_q: Array, block_table: Array, length: int | None) -> Array:
-    """int32 (batch,), all of one length, or of all that the cache holds for a sequence."""
-    cache, table = view(k_cache, "k_cache"), view(block_table, "block_table")
-    if len(cache.shape) != 4 or len(table.shape) != 2:
-        length = 0  # refused by its rank
-    elif length is None:
-        length = cache.shape[1] * table.shape[1]
-    elif not 0 <= length <= cache.shape[1] * table.shape[1]:
-        refuse("cache_seqlens", f"{length} tokens", f"0 to the {cache.shape[1] * table.shape[1]} that its rows hold")
-    return put(np.full(_batch_of(cu_seqlens_q), length, np.int32), view(q, "q"))
-
-
-def _batch_of(cu_seqlens_q: Array) -> int:
-    shape = view(cu_seqlens_q, "cu_seqlens_q").shape
-    return max(shape[0] - 1, 0) if shape else 0
-
-
-def _first_entries(q: Array, k_cache: Array, v_cache: Array) -> tuple[Array, Array]:
-    """The caches' entries for q's sequences: flash_attn lets a dense cache have more."""
-    batch, entries, others = (_length(array) for array in (q, k_cache, v_cache))
-    return (k_cache[:batch], v_cache[:batch]) if batch < entries == others else (k_cache, v_cache)
-
-
-def _length(array: Array) -> int:
-    """How long the first axis is; 0 for what is no array, and will be refused."""
-    shape = getattr(array, "shape", None)
-    return shape[0] if shape else 0
-
-
-def _parts(name: str, packed: Array, count: int, form: str) -> tuple[Array, ...]:
+def parts(name: str, packed: Array, count: int, form: str) -> tuple[Array, ...]:
     """Views of an array's parts on the axis before the heads."""
     shape = getattr(packed, "shape", None)
     if shape is None:
@@ -499,37 +377,3 @@ def _parts(name: str, packed: Array, count: int, form: str) -> tuple[Array, ...]
     if hasattr(packed, "unbind"):  # PyTorch's: one call, where each slice would cost as much
         return packed.unbind(-3)
     return tuple(packed[..., i, :, :] for i in range(count))
-
-
-def _either(name: str, given: Any, other: str, other_given: Any) -> Any:
-    """An argument that can come under two names."""
-    if other_given is None:
-        return given
-    if given is not None:
-        refuse(other, f"given together with {name}", f"one of the two: {other} is another name of {name}")
-    return other_given
-
-
-def _refuse_what_is_missing(
-    qv: Array | None,
-    q_descale: Array | None,
-    rotary_seqlens: Array | None,
-    attention_chunk: int,
-    cu_seqlens_k_new: Array | None,
-    k: Array | None,
-) -> None:
-    """Refuse what FlashAttention-3 can do and this library cannot."""
-    for name, given in (("qv", qv), ("q_descale", q_descale), ("rotary_seqlens", rotary_seqlens)):
-        if given is not None:
-            refuse(name, "an array", "None: there is nothing like it here")
-    if attention_chunk:
-        refuse("attention_chunk", attention_chunk, "0: attention in chunks does not exist here")
-    if cu_seqlens_k_new is not None and k is not None:
-        refuse("cu_seqlens_k_new", "an array", "None: k and v are appended as (batch, seqlen_new, nheads_k, headdim)")
-
-
-def _refuse_beside_packed_queries(given: dict[str, Any]) -> None:
-    for name, argument in given.items():
-        if argument is not None:
-            instead = "; append with cupyattn.append_kv before" if name in ("k", "v") else ""
-            refuse(name, "given together with cu_seqlens_q", f"None{instead}")

@@ -22,15 +22,15 @@ def may_be_blind(seqlen_q: int, fewest_keys: int, causal: bool, window: tuple[in
 
 def flash_attn_lse(lse: Array) -> Array:
     """lse with +inf for rows without keys, as flash_attn 2 has it, instead of -inf; in place but on JAX arrays."""
-    if hasattr(lse, "nan_to_num_"):  # PyTorch's: one kernel, where an index takes two
-        return lse.nan_to_num_(nan=np.nan, posinf=np.inf, neginf=np.inf)
+    infinite = {"nan": np.nan, "posinf": np.inf, "neginf": np.inf}
+    if hasattr(lse, "nan_to_num_"):  # PyTorch's
+        return lse.nan_to_num_(**infinite)
     found = view(lse, "softmax_lse")
     if found.library == "jax":
-        jnp = sys.modules["jax"].numpy
-        return jnp.where(lse == -np.inf, np.inf, lse)
+        return sys.modules["jax"].numpy.nan_to_num(lse, **infinite)
+    library = np if found.device < 0 else sys.modules["cupy"]
     with device_of(found):
-        numbers = _workable(found)
-        numbers[numbers == -np.inf] = np.inf
+        library.nan_to_num(_workable(found), copy=False, **infinite)  # one kernel, where an index takes two
     return lse
 
 

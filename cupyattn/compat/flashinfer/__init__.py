@@ -85,3 +85,5 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
+
+__version__ = "0.7.2"  # of FlashInfer: callers compare it to learn which arguments there are

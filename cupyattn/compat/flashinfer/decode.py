@@ -12,7 +12,7 @@ from .arguments import Options, check_int, make_options, refuse_given, refuse_un
 from .library import Array
 from .pages import BlockTables, FixedTables, Names, Pages, check_table, read_pages
 from .single import attend_one, no_masks
-from .steps import DenseStep, RotatedStep
+from .steps import DenseStep, RotatedStep, dense_step
 from .wrapper import Wrapper
 
 _NAMES = Names()
@@ -133,7 +133,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     ) -> None:
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args=jit_args)
         self._use_tensor_cores = bool(use_tensor_cores)
-        self._fixed: FixedTables | None = None
+        self._tables, self._fixed = BlockTables(self._home.library), None
         if use_cuda_graph:
             buffers = paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
             self._fixed = FixedTables(self._home.library, _BUFFERS, buffers, max_pages_per_request)
@@ -242,12 +242,12 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             refuse("last_page_len", f"a sequence of {int(pages.lengths.min())} tokens", expected)
         if block_tables is not None:
             check_table(block_tables, pages, self._home.library.device)
-        tables = BlockTables(self._home.library) if self._fixed is None else self._fixed.tables_for(options, pages)
-        tables.take_in(pages, block_tables)
+        tables = self._tables if self._fixed is None else self._fixed.tables_for(options, pages)
+        tables.make_room(pages, block_tables)
         home, layout = self._home, self._kv_layout
 
         def over(options: Options, pages: Pages, tables: BlockTables) -> DenseStep:
-            return DenseStep(home, options, queries, pages, tables.table, tables.lengths, layout)
+            return dense_step(home, options, queries, pages, tables, layout)
 
         def make(options: Options) -> DenseStep | RotatedStep:
             if not options.rotates:
@@ -256,6 +256,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             return RotatedStep(home, options, pages, positions, layout, over)
 
         self._set(options, make, lambda: np.repeat(pages.lengths - queries, queries))
+        tables.write(pages)
         self._queries = queries
 
     def run(
@@ -310,8 +311,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         if window_left is not None or q_len_per_req is not None:
             self._check_planned(window_left=window_left, q_len_per_req=q_len_per_req)
         k, v = split_cache(paged_kv_cache, self._kv_layout)
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        return self._attend(q, k, v, out, lse, return_lse, sinks=sinks, **scales)
+        return self._attend(q, k, v, out, lse, return_lse, sinks, q_scale, k_scale, v_scale)
 
     run_return_lse = partialmethod(run, return_lse=True)
 

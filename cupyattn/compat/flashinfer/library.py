@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays import View, current_device, device_name, host_array, numpy_dtype, on_device, refuse, view
+from ...arrays import (
+    View,
+    current_device,
+    device_name,
+    host_array,
+    numpy_dtype,
+    on_device,
+    refuse,
+    torch_stream,
+    view,
+)
+from ...streams import device_of
 
 Array = Any  # an array of NumPy, CuPy or PyTorch
 
@@ -26,11 +37,32 @@ class Library:
         self._torch_device = self.xp.device("cpu" if device < 0 else f"cuda:{device}") if name == "torch" else None
 
     def asarray(self, host: np.ndarray) -> Array:
-        """The numbers of a NumPy array here; on the CPU it may be the same memory."""
-        if self.name == "torch":
-            return self.xp.from_numpy(np.ascontiguousarray(host)).to(self._torch_device)
-        with self.current():
-            return self.xp.asarray(host)
+        """The numbers of a NumPy array, here; on the CPU it may be the same memory."""
+        host = np.ascontiguousarray(host)
+        if self.device < 0:
+            return self.xp.from_numpy(host) if self.name == "torch" else host
+        made = self.empty(host.shape, host.dtype.name)
+        found = view(made)
+        with device_of(found):
+            self.send(host.ctypes.data, found.pointer, host.nbytes)
+        return made
+
+    def send(self, host: int, target: int, size: int) -> None:
+        """Copy so many bytes of the host's to a device address, in the order of the current stream.
+
+        The host's memory is its owner's again when this returns, which the libraries' own ways to copy wait for the
+        device for. The device is the current one.
+        """
+        if size:
+            import cupy
+
+            runtime = cupy.cuda.runtime
+            runtime.memcpyAsync(target, host, size, runtime.memcpyHostToDevice, self.stream)
+
+    @property
+    def stream(self) -> int:
+        """The raw stream that this library works on now, on this device, which is the current one."""
+        return torch_stream(self.device) if self.name == "torch" else self.xp.cuda.get_current_stream().ptr
 
     def current(self) -> AbstractContextManager:
         """A context in which CuPy works on this device. PyTorch goes by its operands."""
@@ -50,7 +82,7 @@ class Library:
         if self.name == "torch":
             return self.xp.empty(shape, dtype=getattr(self.xp, dtype), device=self._torch_device)
         with self.current():
-            return self.xp.empty(shape, numpy_dtype(dtype))
+            return self.xp.ndarray(shape, numpy_dtype(dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         made = self.empty(shape, dtype)

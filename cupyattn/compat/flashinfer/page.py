@@ -22,8 +22,8 @@ def get_batch_indices_positions(
     """For each new row of packed keys, its sequence and its position there. Nothing waits for the device.
 
     Args:
-        append_indptr: int32 (batch + 1,): rows append_indptr[b] to append_indptr[b + 1] are new in sequence b.
-        seq_lens: int32 (batch,), tokens of each sequence with the new ones.
+        append_indptr: integers (batch + 1,): rows append_indptr[b] to append_indptr[b + 1] are new in sequence b.
+        seq_lens: integers (batch,), tokens of each sequence with the new ones.
         nnz: how many rows there are: append_indptr[-1], or more.
         batch_indices, positions: int32 (nnz,) to write into.
 
@@ -42,8 +42,8 @@ def get_batch_indices_positions(
     """
     ends = view(append_indptr, "append_indptr")
     library = library_of(ends, "append_indptr")
-    index_view("append_indptr", append_indptr, ends.device)
-    lengths = index_view("seq_lens", seq_lens, ends.device)
+    index_view("append_indptr", append_indptr, ends.device, wide=True)
+    lengths = index_view("seq_lens", seq_lens, ends.device, wide=True)
     check_int("nnz", nnz, 0)
     batch = ends.shape[0] - 1
     if batch < 0 or lengths.shape[0] != batch:
@@ -51,19 +51,20 @@ def get_batch_indices_positions(
     for name, target in (("batch_indices", batch_indices), ("positions", positions)):
         _check_target(name, target, nnz, library)
     with library.current():
-        row = library.arange(nnz, "int32")
+        row = library.arange(nnz, ends.dtype)
         if batch:
             first = library.here(seq_lens, "seq_lens") - append_indptr[1:]
             owner, inside = owners(library, append_indptr, row)
             place = library.cast(library.xp.where(inside, row + first[owner], 0), "int32")
             owner = library.cast(library.xp.where(inside, owner, -1), "int32")
         else:
+            row = library.cast(row, "int32")
             owner, place = row * 0 - 1, row * 0
         return _put(owner, batch_indices), _put(place, positions)
 
 
 def owners(library: Library, starts: Array, rows: Array) -> tuple[Array, Array]:
-    """(which sequence each of rows (n,) is in, whether it is in any) for starts int32 (batch + 1,) with a batch."""
+    """(which sequence each of rows (n,) is in, whether it is in any) for starts (batch + 1,) with a batch."""
     found = library.xp.searchsorted(starts, rows, side="right") - 1
     batch = starts.shape[0] - 1
     return found.clip(0, max(batch - 1, 0)), found < batch
@@ -90,8 +91,8 @@ def get_seq_lens(kv_indptr: Array, kv_last_page_len: Array, page_size: int) -> A
     """Tokens of each sequence, int32 (batch,), by its pages. Nothing waits for the device.
 
     Args:
-        kv_indptr: int32 (batch + 1,) of the page table.
-        kv_last_page_len: int32 (batch,), 1 to page_size; 0 for a sequence without pages.
+        kv_indptr: integers (batch + 1,) of the page table.
+        kv_last_page_len: integers (batch,), 1 to page_size; 0 for a sequence without pages.
         page_size: 1 to 512.
 
     >>> import numpy as np
@@ -100,8 +101,8 @@ def get_seq_lens(kv_indptr: Array, kv_last_page_len: Array, page_size: int) -> A
     [37, 0, 16]
     """
     ends = view(kv_indptr, "kv_indptr")
-    index_view("kv_indptr", kv_indptr, ends.device)
-    last = index_view("kv_last_page_len", kv_last_page_len, ends.device)
+    index_view("kv_indptr", kv_indptr, ends.device, wide=True)
+    last = index_view("kv_last_page_len", kv_last_page_len, ends.device, wide=True)
     check_int("page_size", page_size, 1, MAX_PAGE_SIZE)
     if last.shape[0] != ends.shape[0] - 1:
         expected = f"{ends.shape[0] - 1}, one fewer than kv_indptr has"
@@ -131,11 +132,11 @@ def append_paged_kv_cache(
     Args:
         append_key, append_value: (nnz, num_kv_heads, head_dim): of the cache's dtype; or for an FP8 cache of a library
             that has the dtype, of any, rounded to nearest even.
-        batch_indices, positions: int32 (nnz,), which sequence, and which of its tokens, each row is, as
+        batch_indices, positions: integers (nnz,), which sequence, and which of its tokens, each row is, as
             `get_batch_indices_positions` gives them. Rows of sequence -1 are passed over.
         paged_kv_cache: (k_cache, v_cache), each (num_pages, page_size, num_kv_heads, head_dim) for "NHD", (num_pages,
             num_kv_heads, page_size, head_dim) for "HND"; or one array with an axis of two behind the first.
-        kv_indices, kv_indptr, kv_last_page_len: int32, the pages of all sequences, the new rows included.
+        kv_indices, kv_indptr, kv_last_page_len: integers, the pages of all sequences, the new rows included.
         kv_layout: "NHD" or "HND".
 
     Raises:
@@ -158,6 +159,11 @@ def append_paged_kv_cache(
     page_size = cache.shape[1 if kv_layout == "NHD" else 2]
     rows = _rows(append_key, append_value, cache)
     _check_rows_of(batch_indices, positions, rows, cache.device)
+    names = APPEND_NAMES.indptr, APPEND_NAMES.indices, APPEND_NAMES.last_page_len, "batch_indices", "positions"
+    given = kv_indptr, kv_indices, kv_last_page_len, batch_indices, positions
+    with library.current():
+        narrow = [_narrow(library, *one) for one in zip(names, given, strict=True)]
+    kv_indptr, kv_indices, kv_last_page_len, batch_indices, positions = narrow
     if checking(None, cache.device):
         table = kv_indptr, kv_indices, kv_last_page_len
         _check_places(batch_indices, positions, table, page_size, cache)
@@ -195,9 +201,16 @@ def _rows(append_key: Array, append_value: Array, cache: View) -> View:
     return rows
 
 
+def _narrow(library: Library, name: str, array: Array) -> Array:
+    """An index array as int32."""
+    return (
+        library.cast(array, "int32") if index_view(name, array, library.device, wide=True).dtype != "int32" else array
+    )
+
+
 def _check_rows_of(batch_indices: Array, positions: Array, rows: View, device: int) -> None:
     for name, array in (("batch_indices", batch_indices), ("positions", positions)):
-        found = index_view(name, array, device)
+        found = index_view(name, array, device, wide=True)
         if found.shape != rows.shape[:1]:
             refuse(name, f"{found.shape[0]} entries", f"{rows.shape[0]}, one for each row of append_key")
         if found.device != device:

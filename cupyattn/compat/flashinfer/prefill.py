@@ -31,24 +31,26 @@ from .pages import (
     check_starts,
     check_table,
     index_view,
-    read_pages,
+    look_at_pages,
     read_together,
+    tables_of,
 )
 from .single import attend_one, check_alibi
 from .steps import (
     ByRowStep,
-    DenseStep,
     MaskedStep,
     PackedStep,
     PaddedStep,
     RaggedStep,
     RotatedRaggedStep,
     RotatedStep,
+    dense_step,
 )
 from .wrapper import Wrapper
 
 _BUFFERS = Names("paged_kv_indptr_buf", "paged_kv_indices_buf", "paged_kv_last_page_len_buf")
 _ROW_NAMES = Names("kv_indptr", "kv_indptr", "kv_indptr")
+_MOST_ROWS = np.iinfo(np.int32).max
 
 
 def single_prefill_with_kv_cache(
@@ -148,6 +150,11 @@ class Queries:
         return np.diff(self.starts)
 
     @property
+    def fewer(self) -> int | None:
+        """The rows that the sequences have in all, where q may have others."""
+        return int(self.starts[-1]) if self.frozen else None
+
+    @property
     def longest(self) -> int:
         return int(self.counts.max(initial=0))
 
@@ -225,12 +232,12 @@ class _Prefill(Wrapper):
         home = self._home
         if queries.masks is not None:
             return MaskedStep(home, options, pages, queries.masks.visible(options.window_left), layout)
-        where = pages, tables.table, tables.lengths, layout
         if queries.same is not None:
-            return DenseStep(home, options, queries.same, *where)
+            return dense_step(home, options, queries.same, pages, tables, layout)
         if not options.fp8:
+            where = pages, tables.table, tables.lengths, layout, queries.fewer
             return PackedStep(home, options, queries.rows, queries.array, queries.rounded_longest(), *where)
-        dense = DenseStep(home, options, queries.longest, *where)
+        dense = dense_step(home, options, queries.longest, pages, tables, layout)
         return PaddedStep(dense, options, home.library, queries.starts, queries.longest)
 
 
@@ -243,13 +250,7 @@ def masked(options: Options, queries: Queries) -> Options:
     """The options with the causal flag that a custom mask came to; refused where ALiBi does not go with the mask."""
     causal = options.causal if queries.causal is None else queries.causal
     check_alibi(options, None if queries.masks is not None else causal, queries.longest)
-    return replace(options, causal=causal)
-
-
-def tables_of(library: Library, pages: Pages) -> BlockTables:
-    tables = BlockTables(library)
-    tables.take_in(pages)
-    return tables
+    return options if causal == options.causal else replace(options, causal=causal)
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
@@ -269,7 +270,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
     Args:
         float_workspace_buffer, kv_layout, backend: as in `BatchDecodeWithPagedKVCacheWrapper`.
         use_cuda_graph: keep what graphs read in one place, as there. The first plan says how many rows q has; later
-            ones may say fewer, and the rows behind the last sequence give zeros.
+            ones may say fewer, and q then has as many, or rows behind the last sequence, which give zeros.
         qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf: for use_cuda_graph, int32;
             only their sizes count: (batch_size + 1,) twice, (the most pages in all,), (batch_size,).
         custom_mask_buf, mask_indptr_buf: accepted; there are no custom masks under CUDA graphs.
@@ -300,7 +301,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
     ) -> None:
         unsupported = {"jit_args": jit_args, "jit_kwargs": jit_kwargs, "variant_owns_mask": variant_owns_mask}
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, **unsupported)
-        self._fixed: FixedTables | None = None
+        self._tables, self._fixed = BlockTables(self._home.library), None
         if use_cuda_graph:
             buffers = paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf
             self._fixed = FixedTables(self._home.library, _BUFFERS, buffers, max_pages_per_request)
@@ -399,8 +400,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         table = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         with self._on_device():
             device = self._home.library.device
-            starts = _read_starts("qo_indptr", qo_indptr, device)
-            pages = read_pages(*table, options.page_size, device, PREFILL_NAMES, seq_lens)
+            found = look_at_pages(*table, device, PREFILL_NAMES, seq_lens)
+            starts, *held = read_together([index_view("qo_indptr", qo_indptr, device), *found.to_read])
+            check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
+            pages = found.pages(options.page_size, *held)
             if len(starts) != pages.batch + 1:
                 expected = f"{pages.batch + 1}, as many as paged_kv_indptr has"
                 refuse("qo_indptr", f"{len(starts)} entries", expected)
@@ -422,8 +425,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
     ) -> None:
         home, layout = self._home, self._kv_layout
         queries = self._describe(options, starts, masks)
-        tables = BlockTables(home.library) if self._fixed is None else self._fixed.tables_for(options, pages)
-        tables.take_in(pages, block_tables)
+        tables = self._tables if self._fixed is None else self._fixed.tables_for(options, pages)
+        tables.make_room(pages, block_tables)
         self._place(queries, qo_indptr)
 
         def make(options: Options) -> Any:
@@ -437,6 +440,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             return self._over_pages(options, queries, pages, tables, layout)
 
         self._set(options, make, lambda: np.repeat(pages.lengths - queries.counts, queries.counts))
+        tables.write(pages)
 
     def run(
         self,
@@ -492,8 +496,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         if return_lse:
             check_lse(lse_base, lse_layout)
         k, v = split_cache(paged_kv_cache, self._kv_layout)
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        return self._attend(q, k, v, out, lse, return_lse, lse_base, lse_layout, sinks=sinks, **scales)
+        scales = q_scale, k_scale, v_scale
+        return self._attend(q, k, v, out, lse, return_lse, sinks, *scales, lse_base, lse_layout)
 
     run_return_lse = partialmethod(run, return_lse=True)
 
@@ -565,13 +569,6 @@ _NONE = (None,) * len(_UNSUPPORTED)
 def check_lse(base: str, layout: str) -> None:
     check_choice("lse_base", base, LSE_BASES)
     check_choice("lse_layout", layout, LSE_LAYOUTS)
-
-
-def _read_starts(name: str, indptr: Array, device: int) -> np.ndarray:
-    """int64 (batch + 1,) of cumulative counts, checked; waits for the device if they are there."""
-    starts = read_together([index_view(name, indptr, device)])[0].astype(np.int64)
-    check_starts(name, starts, np.iinfo(np.int32).max, "it is int32")
-    return starts
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
@@ -694,10 +691,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         )
         with self._on_device():
             device = self._home.library.device
-            starts, key_starts = (
-                _read_starts(name, array, device)
-                for name, array in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr))
-            )
+            views = index_view("qo_indptr", qo_indptr, device), index_view("kv_indptr", kv_indptr, device)
+            starts, key_starts = read_together(views)
+            check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
+            check_starts("kv_indptr", key_starts, _MOST_ROWS, "it is int32")
             if len(starts) != len(key_starts):
                 refuse("kv_indptr", f"{len(key_starts)} entries", f"{len(starts)}, as many as qo_indptr has")
             masks = read_masks(custom_mask, packed_custom_mask, np.diff(starts), np.diff(key_starts))
@@ -729,9 +726,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
 
         def over(options: Options) -> Any:
             if queries.masks is None and not options.fp8:
-                return RaggedStep(
-                    home, options, queries.rows, keys[1], queries.array, keys[0], queries.rounded_longest()
-                )
+                rows, starts = (queries.rows, keys[1]), (queries.array, keys[0])
+                fewer = queries.fewer, int(key_starts[-1])
+                return RaggedStep(home, options, *rows, *starts, queries.rounded_longest(), *fewer)
             return self._by_row(options, queries, key_starts)
 
         self._set(options, make, lambda: np.repeat(lengths - queries.counts, queries.counts))
@@ -792,8 +789,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
             refuse_given("ragged prefill", o_scale=o_scale, kv_cache_sf=kv_cache_sf)
         if return_lse:
             check_lse(lse_base, lse_layout)
-        scales = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
-        return self._attend(q, k, v, out, lse, return_lse, lse_base, lse_layout, **scales)
+        scales = q_scale, k_scale, v_scale
+        return self._attend(q, k, v, out, lse, return_lse, None, *scales, lse_base, lse_layout)
 
     run_return_lse = partialmethod(run, return_lse=True)
 

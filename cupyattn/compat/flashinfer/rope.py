@@ -35,9 +35,9 @@ def apply_rope(
     Args:
         q: (nnz, num_q_heads, head_dim), float16, bfloat16 or float32, of NumPy, CuPy or PyTorch.
         k: (nnz, num_k_heads, head_dim).
-        indptr: int32 (batch + 1,), starting at 0: rows indptr[b] to indptr[b + 1] are sequence b. Rows behind the last
-            sequence stay as they are.
-        offsets: int32 (batch,).
+        indptr: integers (batch + 1,), starting at 0: rows indptr[b] to indptr[b + 1] are sequence b. Rows behind the
+            last sequence stay as they are.
+        offsets: integers (batch,).
         rotary_dim: how many elements of each head are rotated, the first ones; all if None.
         interleave: True to rotate elements (0, 1), (2, 3), … together; False for (i, i + rotary_dim / 2).
         rope_scale: positions are divided by it.
@@ -235,15 +235,15 @@ def _by_sequence(
 ) -> Pair:
     """Rotate by positions that go on from an offset in each sequence."""
     library = _check_rows(q, k, inplace)
-    starts = index_view("indptr", indptr, library.device)
-    first = index_view("offsets", offsets, library.device)
+    starts = index_view("indptr", indptr, library.device, wide=True)
+    first = index_view("offsets", offsets, library.device, wide=True)
     if first.shape[0] != starts.shape[0] - 1:
         refuse("offsets", f"{first.shape[0]} entries", f"{starts.shape[0] - 1}, one fewer than indptr has")
     indptr, offsets = library.here(indptr, "indptr"), library.here(offsets, "offsets")
     if checking(None, library.device):
         check_starts("indptr", on_host(indptr, "indptr").astype("int64"), q.shape[0], f"q has {q.shape[0]} rows")
     with library.current():
-        rows = library.arange(q.shape[0], "int32")
+        rows = library.arange(q.shape[0], starts.dtype)
         if first.shape[0]:
             owner, inside = owners(library, indptr, rows)
             rows = library.xp.where(inside, rows + (offsets - indptr[:-1])[owner], 0)  # by no angle: as they are

@@ -14,7 +14,7 @@ from .arguments import FP8_FORMATS, LAYOUTS, Options, check_choice, check_number
 from .library import Array, Library, library_at, library_of
 from .lse import alibi_slopes, deliver_lse
 from .masks import Masks, Visible
-from .pages import BlockTables, Names, Pages
+from .pages import Names, Pages, tables_of
 from .steps import Results, Rotation
 
 ReadMasks = Callable[[np.ndarray, np.ndarray], "Masks | None"]
@@ -151,8 +151,7 @@ def _by_list(library: Library, q: Array, k: Array, v: Array, visible: Visible, c
     """Every query a sequence of its own, of the keys that it sees."""
     counts = visible.counts.astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    tables = BlockTables(library)
-    tables.take_in(Pages(starts, counts, counts, 1, view(visible.tokens.astype(np.int32)), Names()))
+    tables = tables_of(library, Pages(starts, counts, counts, 1, view(visible.tokens.astype(np.int32)), Names()))
     common = common | {"causal": False, "window": None}
     rows = {"cache_seqlens": tables.lengths, "block_table": tables.table}
     results = attention_with_kvcache(q[:, None], k[:, None], v[:, None], **rows, **common)

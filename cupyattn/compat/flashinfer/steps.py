@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from .arguments import Options, check_number
 from .library import Array, Library
 from .lse import alibi_slopes
 from .masks import Visible
-from .pages import BlockTables, Pages
+from .pages import BlockTables, Pages, tables_of
 from .rotation import Frequencies, position_tables, rotate_rows
 
 _HELD = 16  # plans of this library that a wrapper keeps, as each may hold memory of its own
@@ -37,11 +37,13 @@ class Home:
         workspace_bytes: of the caller's workspace buffer.
     """
 
-    __slots__ = ("library", "workspace_bytes", "_plans", "_scales", "_slopes")
+    __slots__ = ("library", "workspace_bytes", "last", "_plans", "_latest", "_scales", "_slopes")
 
     def __init__(self, library: Library, workspace_bytes: int) -> None:
         self.library, self.workspace_bytes = library, workspace_bytes
+        self.last: DenseStep | None = None
         self._plans: dict[tuple, DecodePlan | PrefillPlan] = {}
+        self._latest: dict[tuple, dict[tuple, DecodePlan | PrefillPlan]] = {}
         self._scales: dict[float, Array] = {}
         self._slopes: dict[int, Array] = {}
 
@@ -51,9 +53,16 @@ class Home:
         if found is None:
             found = make()
             check_workspace(self.workspace_bytes, found.workspace_bytes)
-            while len(self._plans) >= _HELD:
-                del self._plans[next(iter(self._plans))]
+            _make_room(self._plans)
             self._plans[key] = found
+        return found
+
+    def latest(self, form: tuple) -> dict[tuple, DecodePlan | PrefillPlan]:
+        """What the runs of one form of step last went by, for the steps of later plans to begin with."""
+        found = self._latest.get(form)
+        if found is None:
+            _make_room(self._latest)
+            self._latest[form] = found = {}
         return found
 
     def scale(self, name: str, scale: float | Array | None) -> Array:
@@ -84,6 +93,12 @@ class Home:
             refuse(name, got, expected)
 
 
+def _make_room(held: dict[tuple, Any]) -> None:
+    """Forget the oldest of what a wrapper keeps, if it is full."""
+    while len(held) >= _HELD:
+        del held[next(iter(held))]
+
+
 def check_workspace(given: int, needed: int) -> None:
     """Refuse a workspace buffer smaller than what the kernels keep partial sums in."""
     if given < needed:
@@ -91,47 +106,59 @@ def check_workspace(given: int, needed: int) -> None:
         refuse("float_workspace_buffer", f"{given} bytes", f"{expected}, or to reset_workspace_buffer")
 
 
-@dataclass(slots=True)
-class Arrays:
-    """What one run got, in the order of a plan's run. Scales are arrays, for an FP8 cache only."""
-
-    q: Array
-    k: Array
-    v: Array
-    sinks: Array | None = None
-    k_scale: Array | None = None
-    v_scale: Array | None = None
-    out: Array | None = None
-
-
 Results = tuple[Array, "Array | None"]
 """out (rows, heads, head_dim) and, if it was asked for, the natural lse as (rows, heads), of any strides."""
 
+Scales = tuple["Array | None", "Array | None"]
+"""Of the keys and the values of an FP8 cache, as arrays."""
+
+_NO_SCALES: Scales = (None, None)
+
 
 class Step(ABC):
-    """One plan's way to run. Subclasses say which plan of this library serves it, and how it is called."""
+    """One plan's way to run. Subclasses say which plan of this library serves it, and how it is called.
 
-    def __init__(self, home: Home, options: Options, rows: int) -> None:
+    Args:
+        home, options: of the wrapper.
+        rows: of q.
+        form: what a plan of this library depends on beside the options and the arrays of the run.
+        fewer: another number of rows that q may have: under CUDA graphs, those that the sequences have in all.
+    """
+
+    _pages_needed = 0  # page ids are below it, where they are known
+
+    def __init__(self, home: Home, options: Options, rows: int, form: tuple, fewer: int | None = None) -> None:
         self._home, self._options = home, options
         self._q_shape = (rows, options.num_qo_heads, options.head_dim_qk)
         self._out_shape = (rows, options.num_qo_heads, options.head_dim_vo)
+        self._fewer = fewer
         self._slopes = home.slopes(options)
-        self._found: dict[tuple, DecodePlan | PrefillPlan] = {}
+        self._fp8 = options.kv_dtype if options.fp8 else None
+        self._form = (type(self), options, *form)
+        self._found = home.latest(self._form)
 
     @abstractmethod
     def _check(self, q: View, k: View, v: View) -> None:
         """Refuse keys and values that do not fit what was planned."""
 
     @abstractmethod
-    def _form(self) -> tuple:
-        """What a plan of this library depends on beside the options and the arrays of the run."""
+    def _make(
+        self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
+    ) -> DecodePlan | PrefillPlan:
+        """A plan for arrays like these; scales: of an FP8 cache; common: masks and other options that all have."""
 
     @abstractmethod
-    def _make(self, arrays: Arrays, common: dict[str, Any]) -> DecodePlan | PrefillPlan:
-        """A plan for arrays like these; common: masks and other options that all have."""
-
-    @abstractmethod
-    def _call(self, plan: DecodePlan | PrefillPlan, arrays: Arrays, return_lse: bool) -> Results:
+    def _call(
+        self,
+        plan: DecodePlan | PrefillPlan,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+        return_lse: bool,
+    ) -> Results:
         """Run it."""
 
     def run(
@@ -139,81 +166,99 @@ class Step(ABC):
         q: Array,
         k: Array,
         v: Array,
-        *,
         out: Array | None = None,
+        return_lse: bool = False,
         sinks: Array | None = None,
         q_scale: float | None = None,
         k_scale: float | Array | None = None,
         v_scale: float | Array | None = None,
-        return_lse: bool = False,
     ) -> Results:
         """Attention of q (rows, heads, head_dim) over keys and values as the wrapper has them.
 
         A scale of keys that are no FP8 goes into the softmax scale, one of values is applied to the result.
         """
         if getattr(q, "shape", None) != self._q_shape:
-            self._refuse_shape(q)
-        if self._options.fp8:
+            self._check_rows(q)
+        if self._fp8 is not None:
             scales = self._home.scale("k_scale", k_scale), self._home.scale("v_scale", v_scale)
-            k_scale = None
+            k_scale = v_scale = None
         else:
-            scales = None, None
+            scales = _NO_SCALES
         if q_scale is not None or k_scale is not None:
             check_number("q_scale", q_scale, 1.0)
             check_number("k_scale", k_scale, 1.0)
         variant = return_lse, sinks is None, q_scale, k_scale
-        results = self._run_variant(variant, Arrays(q, k, v, sinks, *scales, out))
-        if v_scale is not None and not self._options.fp8:
+        results = self._run_variant(variant, q, k, v, sinks, scales, out)
+        if v_scale is not None:
             results = _times(results, check_number("v_scale", v_scale, 1.0))
         return results
 
-    def _refuse_shape(self, q: Array) -> NoReturn:
+    def _check_rows(self, q: Array) -> None:
+        """Refuse q, unless it has the other number of rows that it may have."""
         shape = view(q, "q").shape
-        refuse("q", f"shape {shape}", f"{self._q_shape}: (rows, num_qo_heads, head_dim), as planned")
+        if shape != (self._fewer, *self._q_shape[1:]):
+            refuse("q", f"shape {shape}", f"{self._q_shape}: (rows, num_qo_heads, head_dim), as planned")
 
-    def _run_variant(self, variant: tuple, arrays: Arrays) -> Results:
+    def _run_variant(
+        self,
+        variant: tuple,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+    ) -> Results:
         plan = self._found.get(variant)
         if plan is not None:
             try:
-                return self._call(plan, arrays, variant[0])
-            except (TypeError, ValueError):
+                if k.shape[0] >= self._pages_needed:
+                    return self._call(plan, q, k, v, sinks, scales, out, variant[0])
+            except (AttributeError, TypeError, ValueError):
                 pass  # it looks at arrays before it does anything: they are of another form, or will be refused again
-        self._found[variant] = plan = self._find(variant, arrays)
-        return self._call(plan, arrays, variant[0])
+        self._found[variant] = plan = self._find(variant, q, k, v, sinks, scales, out)
+        return self._call(plan, q, k, v, sinks, scales, out, variant[0])
 
-    def _look(self, arrays: Arrays) -> tuple[View, View, View]:
+    def _look(self, q: Array, k: Array, v: Array, out: Array | None = None) -> tuple[View, View, View]:
         """The views of q, k and v, with all refused that can be in FlashInfer's terms."""
         home, options = self._home, self._options
-        q, k, v = view(arrays.q, "q"), view(arrays.k, "k"), view(arrays.v, "v")
-        for name, found in (("q", q), ("k", k), ("v", v)):
+        views = view(q, "q"), view(k, "k"), view(v, "v")
+        for name, found in zip("qkv", views, strict=True):
             home.check_here(name, found)
-        if q.dtype != options.q_dtype:
+        if views[0].dtype != options.q_dtype:
             expected = f"{options.q_dtype}, the q_data_type that plan was given or has by default"
-            refuse("q", q.dtype, expected, TypeError)
-        for name, found in (("k", k), ("v", v)):
+            refuse("q", views[0].dtype, expected, TypeError)
+        for name, found in zip("kv", views[1:], strict=True):
             if found.dtype != options.kv_dtype and not (options.fp8 and found.dtype == "uint8"):
                 expected = f"{options.kv_dtype}, the kv_data_type that plan was given, or else its q_data_type"
                 refuse(name, found.dtype, expected, TypeError)
-        self._check(q, k, v)
-        if arrays.out is not None:
-            _check_out(view(arrays.out, "out"), self._out_shape, options.q_dtype)
-        return q, k, v
+        self._check(*views)
+        if out is not None:
+            _check_out(view(out, "out"), (views[0].shape[0], *self._out_shape[1:]), options.q_dtype)
+        return views
 
-    def _find(self, variant: tuple, arrays: Arrays) -> DecodePlan | PrefillPlan:
+    def _find(
+        self,
+        variant: tuple,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+    ) -> DecodePlan | PrefillPlan:
         """The plan for arrays of this form."""
-        home, options = self._home, self._options
-        q, k, v = self._look(arrays)
-        others = arrays.sinks, arrays.k_scale, arrays.v_scale, arrays.out
-        forms = tuple([_form_of(q), _form_of(k), _form_of(v), *map(_form_of_optional, others)])
+        forms = [_form_of(found) for found in self._look(q, k, v, out)]
+        forms += [_form_of_optional(array) for array in (sinks, *scales, out)]
         return_lse, _, q_scale, k_scale = variant
-        common = options.masks | {
-            "softmax_scale": options.softmax_scale(q_scale, k_scale),
+        common = self._options.masks | {
+            "softmax_scale": self._options.softmax_scale(q_scale, k_scale),
             "alibi_slopes": self._slopes,
-            "sinks": arrays.sinks,
+            "sinks": sinks,
             "return_lse": return_lse,
         }
-        key = (type(self), options, self._form(), variant, forms)
-        return home.find_plan(key, lambda: self._make(arrays, common))
+        key = (self._form, variant, *forms)
+        return self._home.find_plan(key, lambda: self._make(q, k, v, scales, out, common))
 
 
 def _times(results: Results, v_scale: float) -> Results:
@@ -241,18 +286,24 @@ class PagedStep(Step):
     """Keys and values in pages."""
 
     def __init__(
-        self, home: Home, options: Options, rows: int, pages: Pages, table: Array, lengths: Array, layout: str
+        self,
+        home: Home,
+        options: Options,
+        rows: int,
+        form: tuple,
+        pages: Pages,
+        table: Array,
+        lengths: Array,
+        layout: str,
+        fewer: int | None = None,
     ) -> None:
-        super().__init__(home, options, rows)
+        super().__init__(home, options, rows, (*form, layout, *_form_of(view(table))), fewer)
         self._pages, self._table, self._lengths, self._layout = pages, table, lengths, layout
+        self._pages_needed = pages.needed
 
     def _check(self, q: View, k: View, v: View) -> None:
         check_cache(self._options, self._layout, k, v)
         self._pages.check_ids(k.shape[0])
-
-    @property
-    def _fp8(self) -> str | None:
-        return self._options.kv_dtype if self._options.fp8 else None
 
 
 class DenseStep(PagedStep):
@@ -270,49 +321,66 @@ class DenseStep(PagedStep):
     def __init__(
         self, home: Home, options: Options, queries: int, pages: Pages, table: Array, lengths: Array, layout: str
     ) -> None:
-        super().__init__(home, options, pages.batch * queries, pages, table, lengths, layout)
-        heads = options.num_qo_heads
-        self._dense_q = (pages.batch, queries, heads, options.head_dim_qk)
-        self._dense_out = (pages.batch, queries, heads, options.head_dim_vo)
+        batch, heads = pages.batch, options.num_qo_heads
+        super().__init__(home, options, batch * queries, (batch, queries), pages, table, lengths, layout)
+        self._dense_q = (batch, queries, heads, options.head_dim_qk)
+        self._dense_out = (batch, queries, heads, options.head_dim_vo)
+
+    def serves(self, options: Options, queries: int, tables: BlockTables, layout: str) -> bool:
+        """Whether it is for this, whatever the tables hold."""
+        mine = self._options is options and self._dense_q[1] == queries and self._layout == layout
+        return mine and self._table is tables.table and self._lengths is tables.lengths
+
+    def renew(self, pages: Pages) -> None:
+        """Take other pages, which are in the same tables."""
+        self._pages, self._pages_needed = pages, pages.needed
 
     def sequences(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """(block table, lengths), where q and the caches are as planned."""
         if getattr(q, "shape", None) != self._q_shape:
-            self._refuse_shape(q)
-        self._look(Arrays(q, k, v))
+            self._check_rows(q)
+        self._look(q, k, v)
         return self._table, self._lengths
 
-    def _form(self) -> tuple:
-        return self._dense_q, self._layout, _form_of(view(self._table))
-
-    def _make(self, arrays: Arrays, common: dict[str, Any]) -> DecodePlan:
+    def _make(
+        self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
+    ) -> DecodePlan:
         return DecodePlan(
-            arrays.q.reshape(self._dense_q),
-            arrays.k,
-            arrays.v,
+            q.reshape(self._dense_q),
+            k,
+            v,
             cache_seqlens=self._lengths,
             block_table=self._table,
             layout=self._layout,
             kv_dtype=self._fp8,
-            k_scale=arrays.k_scale,
-            v_scale=arrays.v_scale,
+            k_scale=scales[0],
+            v_scale=scales[1],
             num_splits=0 if self._options.split_kv else 1,
-            out=None if arrays.out is None else arrays.out.reshape(self._dense_out),
+            out=None if out is None else out.reshape(self._dense_out),
             **common,
         )
 
-    def _call(self, plan: DecodePlan, arrays: Arrays, return_lse: bool) -> Results:
-        out = arrays.out
+    def _call(
+        self,
+        plan: DecodePlan,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+        return_lse: bool,
+    ) -> Results:
         results = plan.run(
-            arrays.q.reshape(self._dense_q),
-            arrays.k,
-            arrays.v,
+            q.reshape(self._dense_q),
+            k,
+            v,
             cache_seqlens=self._lengths,
             block_table=self._table,
             alibi_slopes=self._slopes,
-            sinks=arrays.sinks,
-            k_scale=arrays.k_scale,
-            v_scale=arrays.v_scale,
+            sinks=sinks,
+            k_scale=scales[0],
+            v_scale=scales[1],
             out=None if out is None else out.reshape(self._dense_out),
         )
         if not return_lse:
@@ -322,11 +390,21 @@ class DenseStep(PagedStep):
         return (result.reshape(self._out_shape) if out is None else out), by_row
 
 
+def dense_step(home: Home, options: Options, queries: int, pages: Pages, tables: BlockTables, layout: str) -> DenseStep:
+    """A `DenseStep`: the last one of this wrapper, if nothing but the pages is another."""
+    step = home.last
+    if step is not None and step.serves(options, queries, tables, layout):
+        step.renew(pages)
+    else:
+        home.last = step = DenseStep(home, options, queries, pages, tables.table, tables.lengths, layout)
+    return step
+
+
 class PackedStep(PagedStep):
     """Queries of different numbers, packed: `attention_varlen` over pages.
 
     Args as in `DenseStep`, with rows of q in all, starts int32 (batch + 1,) of the sequences among them, and the most
-    queries of one sequence, or None.
+    queries of one sequence, or None; fewer: as in `Step`.
     """
 
     def __init__(
@@ -340,38 +418,48 @@ class PackedStep(PagedStep):
         table: Array,
         lengths: Array,
         layout: str,
+        fewer: int | None = None,
     ) -> None:
-        super().__init__(home, options, rows, pages, table, lengths, layout)
+        super().__init__(home, options, rows, (rows, longest), pages, table, lengths, layout, fewer)
         self._starts, self._longest = starts, longest
 
-    def _form(self) -> tuple:
-        return self._longest, self._layout, _form_of(view(self._table))
-
-    def _make(self, arrays: Arrays, common: dict[str, Any]) -> PrefillPlan:
+    def _make(
+        self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
+    ) -> PrefillPlan:
         return PrefillPlan(
-            arrays.q,
-            arrays.k,
-            arrays.v,
+            q,
+            k,
+            v,
             self._starts,
             seqused_k=self._lengths,
             block_table=self._table,
             layout=self._layout,
             max_seqlen_q=self._longest,
-            out=arrays.out,
+            out=out,
             **common,
         )
 
-    def _call(self, plan: PrefillPlan, arrays: Arrays, return_lse: bool) -> Results:
+    def _call(
+        self,
+        plan: PrefillPlan,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+        return_lse: bool,
+    ) -> Results:
         results = plan.run(
-            arrays.q,
-            arrays.k,
-            arrays.v,
+            q,
+            k,
+            v,
             self._starts,
             seqused_k=self._lengths,
             block_table=self._table,
             alibi_slopes=self._slopes,
-            sinks=arrays.sinks,
-            out=arrays.out,
+            sinks=sinks,
+            out=out,
         )
         return (results[0], results[1].T) if return_lse else (results, None)
 
@@ -384,6 +472,7 @@ class RaggedStep(Step):
         rows, key_rows: of q, and of k and v.
         starts, key_starts: int32 (batch + 1,) of the sequences among them.
         longest: the most queries of one sequence, or None.
+        fewer, fewer_keys: other numbers of rows that they may have, as in `Step`.
     """
 
     def __init__(
@@ -395,31 +484,35 @@ class RaggedStep(Step):
         starts: Array,
         key_starts: Array,
         longest: int | None,
+        fewer: int | None = None,
+        fewer_keys: int | None = None,
     ) -> None:
-        super().__init__(home, options, rows)
-        self._key_rows, self._starts, self._key_starts, self._longest = key_rows, starts, key_starts, longest
+        form = rows, key_rows, longest, _form_of(view(starts)), _form_of(view(key_starts))
+        super().__init__(home, options, rows, form, fewer)
+        self._key_rows, self._fewer_keys = key_rows, fewer_keys
+        self._starts, self._key_starts, self._longest = starts, key_starts, longest
 
     def _check(self, q: View, k: View, v: View) -> None:
-        check_rows(self._options, self._key_rows, k, v)
+        rows = self._fewer_keys if k.shape[:1] == (self._fewer_keys,) else self._key_rows
+        check_rows(self._options, rows, k, v)
 
-    def _form(self) -> tuple:
-        return self._longest, _form_of(view(self._starts)), _form_of(view(self._key_starts))
+    def _make(
+        self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
+    ) -> PrefillPlan:
+        return PrefillPlan(q, k, v, self._starts, self._key_starts, max_seqlen_q=self._longest, out=out, **common)
 
-    def _make(self, arrays: Arrays, common: dict[str, Any]) -> PrefillPlan:
-        starts = self._starts, self._key_starts
-        return PrefillPlan(arrays.q, arrays.k, arrays.v, *starts, max_seqlen_q=self._longest, out=arrays.out, **common)
-
-    def _call(self, plan: PrefillPlan, arrays: Arrays, return_lse: bool) -> Results:
-        results = plan.run(
-            arrays.q,
-            arrays.k,
-            arrays.v,
-            self._starts,
-            self._key_starts,
-            alibi_slopes=self._slopes,
-            sinks=arrays.sinks,
-            out=arrays.out,
-        )
+    def _call(
+        self,
+        plan: PrefillPlan,
+        q: Array,
+        k: Array,
+        v: Array,
+        sinks: Array | None,
+        scales: Scales,
+        out: Array | None,
+        return_lse: bool,
+    ) -> Results:
+        results = plan.run(q, k, v, self._starts, self._key_starts, alibi_slopes=self._slopes, sinks=sinks, out=out)
         return (results[0], results[1].T) if return_lse else (results, None)
 
 
@@ -471,14 +564,14 @@ class MaskedStep:
         self._page, self._row = pages.ids()[entry].astype(np.int64), visible.tokens % pages.page_size
         self._inner: dict[int, DenseStep] = {}
 
-    def run(self, q: Array, k: Array, v: Array, **options: Any) -> Results:
+    def run(self, q: Array, k: Array, v: Array, *how: Any) -> Results:
         """As `Step.run`."""
         k_view, v_view = view(k, "k"), view(v, "v")
         check_cache(self._planned, self._layout, k_view, v_view)
         self._pages.check_ids(k_view.shape[0])
         with self._home.library.current():
             keys, values, stride = self._by_row(k, v)
-            return self._inner_step(stride).run(q, keys, values, **options)
+            return self._inner_step(stride).run(q, keys, values, *how)
 
     def _by_row(self, k: Array, v: Array) -> tuple[Array, Array, int]:
         """The caches as pages of one row, and how many rows lie from page to page."""
@@ -506,8 +599,7 @@ class MaskedStep:
             starts = np.concatenate([[0], np.cumsum(self._counts)])
             ids = view((self._page * stride + self._row).astype(np.int32))
             pages = Pages(starts, self._counts, self._counts, 1, ids, self._pages.names)
-            tables = BlockTables(self._home.library)
-            tables.take_in(pages)
+            tables = tables_of(self._home.library, pages)
             self._inner[stride] = DenseStep(self._home, self._options, 1, pages, tables.table, tables.lengths, "NHD")
         return self._inner[stride]
 
@@ -541,14 +633,14 @@ class PaddedStep:
         self._back = library.asarray(place)
         self._rows = int(starts[-1])
 
-    def run(self, q: Array, k: Array, v: Array, *, out: Array | None = None, **options: Any) -> Results:
+    def run(self, q: Array, k: Array, v: Array, out: Array | None = None, *how: Any) -> Results:
         """As `Step.run`."""
         check_queries(self._options, self._rows, view(q, "q"))
         if out is not None:
             shape = (self._rows, self._options.num_qo_heads, self._options.head_dim_vo)
             _check_out(view(out, "out"), shape, self._options.q_dtype)
         with self._library.current():
-            padded, lse = self._step.run(q[self._padding], k, v, **options)
+            padded, lse = self._step.run(q[self._padding], k, v, None, *how)
             result = padded[self._back]
             if out is not None:
                 out[...] = result
@@ -568,10 +660,10 @@ class ByRowStep:
     def __init__(self, step: Any, options: Options, rows: int) -> None:
         self._step, self._options, self._rows = step, options, rows
 
-    def run(self, q: Array, k: Array, v: Array, **options: Any) -> Results:
+    def run(self, q: Array, k: Array, v: Array, *how: Any) -> Results:
         """As `Step.run`."""
         check_rows(self._options, self._rows, view(k, "k"), view(v, "v"))
-        return self._step.run(q, k[:, None], v[:, None], **options)
+        return self._step.run(q, k[:, None], v[:, None], *how)
 
 
 class RotatedStep:
@@ -597,14 +689,13 @@ class RotatedStep:
     ) -> None:
         self._home, self._options, self._pages, self._layout = home, options, pages, layout
         self._ids = home.library.asarray(pages.ids())
-        copied = replace(pages, indices=view(np.arange(pages.total, dtype=np.int32)))
-        tables = BlockTables(home.library)
-        tables.take_in(copied)
+        copied = replace(pages, indices=view(np.arange(pages.total, dtype=np.int32)), known=True)
+        tables = tables_of(home.library, copied)
         self._inner = make(replace(options, pos_encoding_mode="NONE"), copied, tables)
         page = np.arange(pages.total) - np.repeat(pages.starts[:-1], pages.counts)
         self._rotation = Rotation(home.library, options, q_positions, page * pages.page_size, pages.page_size)
 
-    def run(self, q: Array, k: Array, v: Array, **options: Any) -> Results:
+    def run(self, q: Array, k: Array, v: Array, *how: Any) -> Results:
         """As `Step.run`."""
         k_view, v_view = view(k, "k"), view(v, "v")
         check_cache(self._options, self._layout, k_view, v_view)
@@ -613,7 +704,7 @@ class RotatedStep:
         with self._home.library.current():
             keys, values = k[self._ids], v[self._ids]
             self._rotation.turn_pages(keys if self._layout == "NHD" else keys.swapaxes(1, 2))
-            return self._inner.run(self._rotation.turn_queries(q), keys, values, **options)
+            return self._inner.run(self._rotation.turn_queries(q), keys, values, *how)
 
 
 class RotatedRaggedStep:
@@ -638,11 +729,11 @@ class RotatedRaggedStep:
         self._inner = make(replace(options, pos_encoding_mode="NONE"))
         self._rotation = Rotation(home.library, options, q_positions, k_positions, 1)
 
-    def run(self, q: Array, k: Array, v: Array, **options: Any) -> Results:
+    def run(self, q: Array, k: Array, v: Array, *how: Any) -> Results:
         """As `Step.run`."""
         check_rows(self._options, self._key_rows, view(k, "k"), view(v, "v"))
         check_queries(self._options, self._rotation.rows, view(q, "q"))
-        return self._inner.run(self._rotation.turn_queries(q), self._rotation.turned_keys(k), v, **options)
+        return self._inner.run(self._rotation.turn_queries(q), self._rotation.turned_keys(k), v, *how)
 
 
 def check_queries(options: Options, rows: int, q: View) -> None:

@@ -85,21 +85,24 @@ class Wrapper:
         out: Array | None,
         lse: Array | None,
         return_lse: bool,
+        sinks: Array | None,
+        q_scale: float | None,
+        k_scale: float | Array | None,
+        v_scale: float | Array | None,
         lse_base: str = "log2",
         lse_layout: str = "NH",
-        **options: Any,
     ) -> Array | tuple[Array, Array]:
         """Run the step, and convert the lse if it is asked for."""
         if self._step is None:
             refuse_unplanned()
         if not return_lse:
-            return self._step.run(q, k, v, out=out, **options)[0]
+            return self._step.run(q, k, v, out, False, sinks, q_scale, k_scale, v_scale)[0]
         with self._on_device():
             if lse is not None:
                 shape = view(q, "q").shape[:2]
                 check_target(lse, shape if lse_layout == "NH" else shape[::-1], self._home.library)
             shift = self._lse_shift()
-            result, natural = self._step.run(q, k, v, out=out, return_lse=True, **options)
+            result, natural = self._step.run(q, k, v, out, True, sinks, q_scale, k_scale, v_scale)
             return result, deliver_lse(self._home.library, natural, lse_base, lse_layout, lse, shift)
 
     def _natural(self, q: Array, k: Array, v: Array) -> Results:
@@ -107,7 +110,7 @@ class Wrapper:
         if self._step is None:
             refuse_unplanned()
         shift = self._lse_shift()
-        out, lse = self._step.run(q, k, v, return_lse=True)
+        out, lse = self._step.run(q, k, v, None, True)
         return out, lse if shift is None else lse + shift
 
     def _lse_shift(self) -> Array | None:

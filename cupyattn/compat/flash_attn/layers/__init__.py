@@ -1,0 +1,1 @@
+"""Where flash_attn keeps what its models are built of."""

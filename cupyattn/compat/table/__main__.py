@@ -1,0 +1,5 @@
+"""`python -m cupyattn.compat.table`: print the table."""
+
+from . import render
+
+print(render(), end="")
