@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ..timing import EventTimer
-from . import bench_cache, bench_decode, bench_integrations, bench_prefill
+from . import bench_cache, bench_compat, bench_decode, bench_integrations, bench_prefill
 from .bench_common import clocks, describe_machine, new_figure
 from .device import NO_GPU, see_doctor, why_no_gpu
 from .tiles import sweep
@@ -26,6 +26,7 @@ class Kind(str, Enum):
     prefill = "prefill"
     decode = "decode"
     cache = "cache"
+    compat = "compat"
     integrations = "integrations"
 
 
@@ -33,12 +34,13 @@ def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
-            metavar="[prefill|decode|cache|integrations]",
+            metavar="[prefill|decode|cache|compat|integrations]",
             help="prefill: 36 shapes of 16k tokens, heads * head_dim = 2048, and GQA, packed sequences, paged caches, "
             "in TFLOP/s. decode: 40 shapes of a paged cache, block sizes, FP8, uneven lengths, append and shared "
             "prefix, beside the fastest read of as many bytes. cache: allocation of blocks, append, fork, swaps and "
-            "snapshots of a PagedKVCache, beside plain calls, copies and files. integrations: what the ways in through "
-            "PyTorch and JAX cost.",
+            "snapshots of a PagedKVCache, beside plain calls, copies and files. compat: host times of what has the "
+            "names of flash_attn and FlashInfer, beside the calls that serve it and FlashInfer itself. integrations: "
+            "what the ways in through PyTorch and JAX cost.",
         ),
     ] = Kind.prefill,
     json_path: Annotated[
@@ -56,8 +58,9 @@ def bench(
             "--contenders",
             metavar="NAMES",
             help=f"With commas between, some of {', '.join(bench_prefill.CONTENDERS)}; for decode of "
-            f"{', '.join(bench_decode.CONTENDERS)}. auto: all that can be imported, but for prefill flashinfer, which "
-            "compiles for minutes, only where FLASHINFER_DISABLE_JIT is set.",
+            f"{', '.join(bench_decode.CONTENDERS)}. For compat of {', '.join(bench_compat.CONTENDERS)}. auto: all "
+            "that can be imported, but for prefill flashinfer, which compiles for minutes, only where "
+            "FLASHINFER_DISABLE_JIT is set.",
         ),
     ] = "auto",
     cells: Annotated[
@@ -129,6 +132,7 @@ def bench(
         Kind.prefill: partial(bench_prefill.run, sections=sections),
         Kind.decode: bench_decode.run,
         Kind.cache: partial(bench_cache.run, cache_gb=cache_gb),
+        Kind.compat: bench_compat.run,
         Kind.integrations: bench_integrations.run,
     }
     report = runs[kind](cupy, machine["gpu"], contenders, rounds, quick, host, console)

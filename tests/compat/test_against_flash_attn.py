@@ -62,7 +62,13 @@ def of_pytorch(torch, q, k, v, places=(None, None), longest=None, **masks):
     longest = (q.shape[1], k.shape[1]) if longest is None else longest
     options = {"scale": scale, "alibi_slopes": slopes}
     options |= {"window_size_left": left, "window_size_right": 0 if causal else right}
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *places, *longest, 0.0, causal, False, **options)
+    call = torch.ops.aten._flash_attention_forward
+    try:
+        out, lse, *_ = call(q, k, v, *places, *longest, 0.0, causal, False, **options)
+    except RuntimeError as error:
+        if "does not support alibi" in str(error):
+            pytest.skip("PyTorch's FlashAttention-2 is built without ALiBi, and flash_attn is not installed")
+        raise
     return out, lse
 
 
@@ -94,6 +100,14 @@ class Data:
         return self.torch.cat(each, dim=1)
 
 
+def skip_a_window_of_its_own(masks, seqlen_q, seqlen_k):
+    """To FlashAttention-2 a right side that is unbounded, or reaches over all keys, is one of seqlen_k keys beside a
+    bounded left side. Where there are more queries than keys, that hides keys that its documentation lets them see."""
+    left, right = masks.get("window_size", (-1, -1))
+    if seqlen_q > seqlen_k and left >= 0 and not masks.get("causal") and not 0 <= right < seqlen_k:
+        pytest.skip("FlashAttention-2 does not keep to the window that it documents")
+
+
 def compare(got, expected, dtype, shift=0.0):
     """(out, lse) of both."""
     (out, lse), (their_out, their_lse) = got, expected
@@ -111,6 +125,7 @@ def compare(got, expected, dtype, shift=0.0):
 @pytest.mark.parametrize("seqlens", SEQLENS)
 def test_dense(torch, rng, seqlens, masks, head_dim, dtype):
     data, (seqlen_q, seqlen_k) = Data(torch, rng, dtype, masks), seqlens
+    skip_a_window_of_its_own(data.masks, seqlen_q, seqlen_k)
     q = data.normal(BATCH, seqlen_q, HEADS, head_dim)
     k, v = (data.normal(BATCH, seqlen_k, KV_HEADS, head_dim) for _ in "kv")
     got = ours.flash_attn_func(q, k, v, return_attn_probs=True, **data.masks)[:2]

@@ -35,9 +35,13 @@ def of_theirs(call):
         if type(error).__name__ == "MissingJITCacheError":
             pytest.skip(f"FlashInfer: {str(error).splitlines()[0][:120]}")
         raise
+    except FileNotFoundError as error:  # a package without the sources that it would compile
+        if str(error.filename).endswith(".jinja"):
+            pytest.skip(f"FlashInfer: {error.strerror}: {error.filename.rpartition('/')[2]}")
+        raise
 
 
-def compare(got, expected, dtype="float16", lse=1e-3, scale=1.0):
+def compare(got, expected, dtype="float16", lse=2e-3, scale=1.0):
     """Outputs, or pairs of an output and an lse to base 2, of both."""
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     for i, (one, other) in enumerate(pairs):
@@ -189,7 +193,8 @@ def test_older_calls_of_decode(theirs, data):
         def older(wrapper=wrapper):
             wrapper.begin_forward(*table, HEADS, KV_HEADS, HEAD_DIM, 16, q_data_type=data.dtype)
             found = wrapper.forward_return_lse(q, cache, sm_scale=0.3), wrapper.forward(q, cache, sm_scale=0.3)
-            wrapper.end_forward()
+            if hasattr(wrapper, "end_forward"):  # later versions have it in prefill alone
+                wrapper.end_forward()
             return found
 
         results.append(of_theirs(older))

@@ -525,41 +525,35 @@ def test_descale_of_an_fp8_cache(rng):
     check(expected, out, lse, "float16")
 
 
-def scattered(array):
-    """The same numbers with head_dim far apart, in NumPy and PyTorch."""
-    if array.ndim < 3:
-        return array
-    return np.ascontiguousarray(array.swapaxes(-1, -2)).swapaxes(-1, -2)
+def scattered(library, array):
+    """The same numbers in an array of the library whose head_dim lies far apart."""
+    turned = put(library, np.ascontiguousarray(array.swapaxes(-1, -2)))
+    return turned.swapaxes(turned.ndim - 1, turned.ndim - 2)
 
 
 @pytest.mark.parametrize("library", WRITABLE)
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("flash_attn")])
 def test_queries_keys_and_values_whose_head_dim_is_scattered(rng, library, name):
     """They are copied, as by flash_attn; caches are not, as there."""
-    given = {key: normal(rng, x.shape, "float16") if hasattr(x, "dtype") and x.dtype == np.float16 else x
-             for key, x in arguments(name).items()}  # fmt: skip
-    apart = {"q", "k", "v", "kv", "qkv"}
-
-    def of_library(key, x):
-        array = put(library, np.ascontiguousarray(x) if key not in apart or not isinstance(x, np.ndarray) else x)
-        if key not in apart:
-            return array
-        axes = (array.ndim - 1, array.ndim - 2)
-        turned = put(library, np.ascontiguousarray(x.swapaxes(*axes)))
-        return turned.swapaxes(*axes)
-
-    options = {} if name == "flash_attn_with_kvcache" else {"return_attn_probs": True}
-    plain = getattr(flash_attn, name)(**{key: put(library, x) for key, x in given.items()}, **options)
-    there = {key: of_library(key, x) if isinstance(x, np.ndarray) else x for key, x in given.items()}
-    assert any(arrays.view(x).strides[-1] != 1 for key, x in there.items() if key in apart)
-    got = getattr(flash_attn, name)(**there, **options)
-    for one, other in zip(got if options else [got], plain if options else [plain], strict=True):
+    plain, apart = {}, {}
+    for key, x in arguments(name).items():
+        if not isinstance(x, np.ndarray):
+            plain[key] = apart[key] = x
+            continue
+        numbers = normal(rng, x.shape, "float16") if x.dtype == np.float16 else x
+        plain[key] = put(library, numbers.copy())
+        apart[key] = scattered(library, numbers) if key in {"q", "k", "v", "kv", "qkv"} else put(library, numbers)
+    assert any(arrays.view(x).strides[-1] != 1 for x in apart.values() if hasattr(x, "dtype"))
+    call, with_cache = getattr(flash_attn, name), name == "flash_attn_with_kvcache"
+    options = {} if with_cache else {"return_attn_probs": True}
+    got, expected = call(**apart, **options), call(**plain, **options)
+    for one, other in [(got, expected)] if with_cache else zip(got, expected, strict=True):
         assert get(one).tobytes() == get(other).tobytes()
 
 
 def test_a_cache_whose_head_dim_is_scattered_is_refused():
     given = arguments("flash_attn_with_kvcache")
-    given["k_cache"] = scattered(given["k_cache"])
+    given["k_cache"] = scattered("numpy", given["k_cache"])
     with pytest.raises(ValueError, match="^k_cache: got stride 2 in the last dimension"):
         flash_attn.flash_attn_with_kvcache(**given)
 

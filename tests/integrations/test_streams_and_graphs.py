@@ -158,13 +158,14 @@ def test_cupy_calls_wait_for_nothing_and_come_in_order(rng):
     cupy = pytest.importorskip("cupy")
     host = numbers(rng)
     q, k, v = (cupy.asarray(x) for x in host)
-    cupyattn.attention(q, k, v, causal=True)
+    cupyattn.attention(cupy.negative(q), k, v, causal=True)  # all is compiled
     spin = cupy.RawKernel(
-        'extern "C" __global__ void spin() { for (int i = 0; i < 1000; ++i) __nanosleep(100000); }', "spin"
+        'extern "C" __global__ void spin(int n) { for (int i = 0; i < n; ++i) __nanosleep(100000); }', "spin"
     )
+    spin((1,), (1,), (1,))
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        spin((1,), (1,), ())
+        spin((1,), (1,), (10000,))
         cupy.negative(q, out=q)
         out = cupyattn.attention(q, k, v, causal=True)
         assert not stream.done

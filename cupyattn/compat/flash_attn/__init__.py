@@ -3,7 +3,8 @@
 What is imported from `flash_attn` is imported from here instead: `from cupyattn.compat.flash_attn import
 flash_attn_func`. Names, positional order and defaults are flash_attn's. CuPy, PyTorch, JAX and NumPy arrays all do,
 and go as they are to `cupyattn.attention`, `attention_varlen` or `attention_with_kvcache`. There is no backward pass
-here. The submodules are `flash_attn_interface`, `bert_padding` and `utils.generation`.
+here. The submodules are `flash_attn_interface`, `bert_padding`, `layers.rotary` and `utils.generation`. Code that
+cannot be edited has its own `import flash_attn` lead here by `cupyattn.compat.install_as`.
 
 >>> import numpy as np
 >>> from cupyattn.compat.flash_attn import flash_attn_func

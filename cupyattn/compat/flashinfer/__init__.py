@@ -7,6 +7,8 @@ versions added where it means something here; what does not is refused by name. 
   (heads, rows).
 - A workspace buffer says where a wrapper works. The kernels bring their own memory.
 
+Code that cannot be edited has its own `import flashinfer` lead here by `cupyattn.compat.install_as`.
+
 >>> from cupyattn.compat import flashinfer
 >>> flashinfer.single_decode_with_kv_cache.__module__
 'cupyattn.compat.flashinfer.decode'

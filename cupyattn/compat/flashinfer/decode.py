@@ -88,7 +88,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     pos_encoding_mode "ROPE_LLAMA" costs a copy of all keys and values of the batch in every run, which is rotated; the
     cache stays as it is. Rotating keys once, as they are appended, costs nothing: `apply_rope`, then "NONE".
 
-    Runs of one wrapper must be ordered, on one stream or by events, as their partial sums share memory.
+    Plans and runs of one wrapper must be ordered, on one stream or by events: a plan writes to where runs read, on the
+    current stream, and the partial sums of runs share memory.
 
     Args:
         float_workspace_buffer: an array of NumPy, CuPy or PyTorch. All others must be of its library and device. The
@@ -102,7 +103,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         backend: one of FlashInfer's names, which all mean the same here.
         jit_args: must be None.
         max_pages_per_request: with use_cuda_graph, the most pages of one sequence, which is how wide the block table
-            is, int32 (batch_size, so many); by default as many as paged_kv_indices_buffer has. cupyattn's own.
+            is, int32 (batch_size, so many); by default as many as paged_kv_indices_buffer has, or fewer where such a
+            table took more than 256 MB. cupyattn's own.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.

@@ -265,7 +265,19 @@ class BlockTables:
         fixed: for CUDA graphs, whose arrays never move: (batch, columns, the most pages in all) of all plans.
     """
 
-    __slots__ = ("library", "table", "lengths", "_fixed", "_form", "_own", "_address", "_first", "_mirror", "_mirrored")
+    __slots__ = (
+        "library",
+        "table",
+        "lengths",
+        "_fixed",
+        "_form",
+        "_own",
+        "_address",
+        "_first",
+        "_table",
+        "_mirror",
+        "_mirrored",
+    )
 
     def __init__(self, library: Library, fixed: tuple[int, int, int] | None = None) -> None:
         self.library = library
@@ -289,7 +301,7 @@ class BlockTables:
     def _allocate(self, batch: int, columns: int, spare: int) -> None:
         """A new array, with so much room before the lengths and the table."""
         library, first = self.library, _rounded(spare)
-        table = first + _rounded(batch)
+        self._table = table = first + _rounded(batch)
         size = table + batch * columns
         room = library.zeros((size,), "int32") if self._fixed else library.empty((size,), "int32")
         self.lengths, self._own = room[first : first + batch], room[table:].reshape(batch, columns)
@@ -306,8 +318,8 @@ class BlockTables:
         mirror[first : first + batch] = pages.lengths
         if self.table is not self._own:
             self._send(first, first + batch)
-        elif pages.known and len(mirror) > first + batch:
-            used, table = pages.used(columns), first + _rounded(batch)
+        elif pages.known and len(mirror) > self._table:
+            used, table = pages.used(columns), self._table
             mirror[table:].reshape(batch, columns)[used] = pages.ids()
             self._send(first, len(mirror))
         elif not pages.total:
@@ -330,7 +342,7 @@ class BlockTables:
             mirror[sent:places] = pages.ids()
         self._send(sent, self._first + batch)
         ids = self._address + 4 * sent if pages.known else pages.indices.pointer
-        table = self._address + 4 * (self._first + _rounded(batch))
+        table = self._address + 4 * self._table
         write_entries(self.library.device, table, self._address + 4 * places, ids, total, self.library.stream)
 
     def _send(self, first: int, last: int) -> None:

@@ -265,7 +265,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
 
     Beside an FP8 cache, sequences of different numbers of queries are padded to the longest, in a copy of q.
 
-    Runs of one wrapper must be ordered, on one stream or by events, as their partial sums share memory.
+    Plans and runs of one wrapper must be ordered, on one stream or by events: a plan writes to where runs read, on the
+    current stream, and the partial sums of runs share memory.
 
     Args:
         float_workspace_buffer, kv_layout, backend: as in `BatchDecodeWithPagedKVCacheWrapper`.
@@ -580,7 +581,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
     pos_encoding_mode "ROPE_LLAMA" costs a copy of the keys in every run, which is rotated. Rotating them before costs
     nothing: `apply_rope`, then "NONE".
 
-    Runs of one wrapper must be ordered, on one stream or by events.
+    Plans and runs of one wrapper must be ordered, on one stream or by events.
 
     Args:
         float_workspace_buffer, kv_layout, backend: as in `BatchDecodeWithPagedKVCacheWrapper`; kv_layout is of no

@@ -26,6 +26,13 @@ FLASH_ATTN: Notes = (
     ("flash_attn*", "q k v kv qkv", "wider", f"{_ARRAYS}; v's headdim may be its own"),
     ("flash_attn*", "dropout_p", "narrower", "0.0 alone: dropout belongs to training, and there is no backward pass"),
     ("flash_attn*", "deterministic", "same", f"{_NO_EFFECT}: there is no backward pass"),
+    (
+        "flash_attn*",
+        "window_size",
+        "wider",
+        "any negative side is unbounded; with more queries than keys too, where FlashAttention-2 hides keys behind an "
+        "unbounded right side beside a bounded left one",
+    ),
     ("flash_attn*", "return_attn_probs", "wider", "S_dmask is computed, of the true lengths; theirs is empty"),
     ("flash_attn_varlen_func", "block_table", "wider", _ANY_BLOCKS),
     (
