@@ -754,7 +754,7 @@ def check_countable(name: str, count: int, what: str) -> None:
 def _float_dtype(name: str, view: View) -> None:
     if view.dtype not in FLOAT_DTYPES:
         hint = f": pass {_converted(name, view, 'float32')}" if view.dtype == "float64" else ""
-        if hint and view.device < 0:
+        if hint and view.device < 0 and name == "q":
             hint += ", with kernel='numpy_float64' for a float64 result"
         refuse(name, view.dtype, " or ".join(FLOAT_DTYPES) + hint, TypeError)
 

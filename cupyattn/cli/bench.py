@@ -116,7 +116,11 @@ def bench(
     if plot_path is not None:
         new_figure()  # refused now, not after minutes of measuring
     if (reason := why_no_gpu()) is not None:
-        nothing = " There is nothing to mend. `cupyattn explain --arch 90` works here." if reason == NO_GPU else ""
+        nothing = (
+            " There is nothing to mend. `cupyattn explain --arch 90` needs CuPy, but no GPU."
+            if reason == NO_GPU
+            else ""
+        )
         text = f"bench needs an NVIDIA GPU; {reason}.{see_doctor(reason)}{nothing}"
         console.print(text, markup=False, highlight=False)
         raise typer.Exit(2)

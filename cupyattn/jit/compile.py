@@ -154,7 +154,9 @@ def _nvrtc():
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
-        raise ImportError(f"compiling kernels needs CuPy ({error}): {INSTALL[12]}") from error
+        raise ImportError(
+            f"compiling kernels needs CuPy, which is not installed here ({error}): {INSTALL[12]}"
+        ) from error
     try:
         nvrtc.getVersion()
     except RuntimeError as error:

@@ -19,7 +19,7 @@ class HeldAppend:
     indices: int32, as for `PreparedAppend.inline`. What is in it when a launch is called is what the launch takes.
     """
 
-    __slots__ = ("indices", "_words", "_addresses", "_launch", "_thread")
+    __slots__ = ("indices", "_words", "_addresses", "_launch", "_of_thread")
 
     def __init__(self, prepared: PreparedAppend, operands: AppendOperands, indices: np.ndarray) -> None:
         from cupy_backends.cuda.api import driver
@@ -35,14 +35,14 @@ class HeldAppend:
         self._addresses = np.array([begin, begin + 8 * first], np.uintp)
         form = kernel.function.kernel.ptr, *prepared.grid, 1, 1, *prepared.block, 1, 1, 0
         self._launch = partial(driver.launchKernel, *form)
-        self._thread = 0
+        self._of_thread = threading.local()
 
     def __call__(self, k: View, v: View, stream: int) -> None:
         """Launch on `stream`, of the current device, for rows like the operands'. Returns at once."""
-        if self._thread != threading.get_ident():
+        if not hasattr(self._of_thread, "has_context"):
             import cupy
 
             cupy.cuda.runtime.memGetInfo()  # makes the device's context this thread's, as the driver wants it
-            self._thread = threading.get_ident()
+            self._of_thread.has_context = True
         self._words[0], self._words[1] = k.pointer, v.pointer  # the first two of `pack_append`
         self._launch(stream, self._addresses.ctypes.data, 0)

@@ -279,7 +279,8 @@ class PagedKVCache:
         """
         seqs = seqs if type(seqs) is list else _listed(seqs)
         going_on = self._decoding
-        if going_on is not None and lengths is None and _equal(seqs, going_on.seqs):
+        plain = lengths is None and type(k) is not RaggedArray
+        if going_on is not None and plain and _equal(seqs, going_on.seqs):
             if going_on.step(self, k, v, k_scale, v_scale):
                 return
         slots, layers = self._slots(seqs), self.num_layers
@@ -337,14 +338,15 @@ class PagedKVCache:
         shared = written[self.allocator.ref_counts[written] > 1]
         if len(shared):
             refuse("seqs", f"sequences that share block {shared[0]}", "sequences that were not forked since `extend`")
-        Writing(self, slots, rows, range(layer, layer + 1), k_scale, v_scale).launch(start)
+        writing = Writing(self, slots, rows, range(layer, layer + 1), k_scale, v_scale)
         self._forget(written)
+        writing.launch(start)
 
     def commit(self, seq: int, tokens: Sequence[int] | np.ndarray) -> None:
         """Make the full blocks of a sequence known by the tokens they hold, so that `add` finds them.
 
-        tokens: the ids of the sequence from its beginning; all that the sequence holds, or fewer. Call it when the keys
-        and values of all layers are written.
+        tokens: the ids of the sequence from its beginning; all that the sequence holds, or fewer. What is more is not
+        looked at. Call it when the keys and values of all layers are written.
         """
         slot = self._slot(seq)
         tokens = token_ids(tokens)
@@ -736,6 +738,8 @@ class PagedKVCache:
         overwritten = self._table[slots[writing], have[writing] - 1]
         copying = self._shared(overwritten)
         missing = need - have
+        if (wanted := int(missing.sum())) > self.num_blocks:
+            self.allocator.allocate(wanted)  # raises, before there are arrays of so many
         grown = missing.nonzero()[0]
         columns, missing = have[grown], missing[grown]
         if len(missing) and missing[missing.argmax()] > 1:
@@ -801,8 +805,9 @@ class _Undone:
             rows, columns = growth.at
             cache._table[rows, columns] = PADDING
             cache._table[rows[: len(growth.copied)], columns[: len(growth.copied)]] = growth.copied
-            if growth.written:  # what was evicted is gone
-                cache.allocator.free(growth.blocks)
+            if growth.written or not issubclass(kind, Exception):  # interrupted, maybe while rows were written
+                cache.allocator.free(growth.blocks)  # what was evicted is gone
+                cache._forget(growth.overwritten)
             else:
                 cache.allocator._undo(growth.blocks)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import View, contiguous_strides, on_device, refuse
+from ..jit.compile import INSTALL
 from ..kernels.launch import PreparedAppend, on_stream_of
 from ..kernels.operands import AppendOperands
 from ..plan import INLINE_CAPACITIES
@@ -190,9 +191,12 @@ def transfer_to(device: int | None) -> HostTransfer | DeviceTransfer:
 
 def device_number(device: int) -> int:
     """The number of a CUDA device that exists."""
-    import cupy
-
     device = count_of("device", device)
+    try:
+        import cupy
+    except ImportError as error:
+        install = f"{INSTALL[12]} (or for CUDA 13: {INSTALL[13]})"
+        raise ImportError(f"device: got {device}, which needs CuPy: {install}; None is NumPy") from error
     try:
         present = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

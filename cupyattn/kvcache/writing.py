@@ -123,10 +123,12 @@ class Decoding:
             self._move_on(cache, crossing, blocks)
             with device_of(k_rows):
                 in_order(partial(self._launch, k_rows, v_rows), k_rows, (k_rows, v_rows, k_cache))
-        except BaseException:
+        except BaseException as error:
             cache._decoding = None
             if blocks is not None:
-                cache.allocator._undo(blocks)
+                # Interrupted, rows may have been written: what was evicted is gone.
+                give_back = cache.allocator._undo if isinstance(error, Exception) else cache.allocator.free
+                give_back(blocks)
             raise
         moved = self._slots[crossing]
         if blocks is not None:

@@ -450,6 +450,50 @@ def test_steps_in_fp8(backend, rng, anew):
     assert len(anew) == 7, "an array may hold something else every time"
 
 
+def test_ragged_rows_behind_a_step(backend, rng):
+    decoding = Decoding(backend, rng, [3, 6])
+    k, v = kv = normal(rng, (2, 5, 2, 8), "float16")
+    ends = backend.put(np.array([0, 2, 5], np.int32))
+    decoding.cache.append(*(RaggedArray(backend.put(rows), ends) for rows in kv), decoding.seqs)
+    for seq, was, rows in zip(decoding.seqs, (3, 6), ((0, 2), (2, 5)), strict=True):
+        for found, source in zip(read(backend, decoding.cache, seq), (k, v), strict=True):
+            assert found[-(rows[1] - rows[0]) :].tobytes() == source[slice(*rows)].tobytes() and len(found) > was
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_an_interrupted_append_leaves_no_prefix_that_is_not_there(backend, rng, monkeypatch, step):
+    """The block that it took was known, and holds something else by now."""
+    cache = make(backend, num_blocks=2, block_size=2)
+    first = cache.add()
+    append(backend, cache, new(rng, cache, 1, 2), [first])
+    cache.commit(first, [1, 2])
+    cache.free(first)
+    seq = cache.add()
+    for _ in range(2):
+        append(backend, cache, new(rng, cache, 1, 1), [seq])
+    if not step:
+        cache._decoding = None
+    launch = writing.in_order
+
+    def interrupted(run, *views):
+        launch(run, *views)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "in_order", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            append(backend, cache, new(rng, cache, 1, 1), [seq])
+    assert cache.length(seq) == 2 and cache.length(cache.add([1, 2, 3])) == 0
+    append(backend, cache, new(rng, cache, 1, 1), [seq])
+    assert cache.length(seq) == 3
+
+
+def test_more_tokens_than_there_is_memory_to_count(backend):
+    cache = make(backend, block_size=1)
+    seq = cache.add()
+    unchanged(backend, cache, OutOfBlocks, lambda: cache.extend(seq, 2**31 - 1), "asked for 2147483647 blocks")
+
+
 def test_steps_that_are_refused_change_nothing(backend, rng, anew):
     decoding = Decoding(backend, rng, [4, 3, 2], num_blocks=4)
     cache, seqs = decoding.cache, decoding.seqs
