@@ -138,7 +138,7 @@ def test_an_architecture_that_nvrtc_does_not_know_is_refused(root):
 
 def test_without_cupy_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
-    with pytest.raises(ImportError, match=r'needs CuPy .*pip install "cupy-cuda12x'):
+    with pytest.raises(ImportError, match=r'needs CuPy, which is not installed here .*pip install "cupy-cuda12x'):
         compile.nvrtc_version()
 
 
