@@ -236,8 +236,8 @@ SMALLEST_BOX = 8  # rows of a block of the cache that one copy must bring at lea
 # 0.94 of the speed of 128 at 512 keys, 1.03 times at 1024, 1.09 at 8192; without one they gain from 4096 keys on, 1.03
 # times at 16k. With 192 dimensions 64 keys have 1.12 times the speed of 96 at 512 keys, and 0.96 at 8192. Three
 # warpgroups have 1.05 times the speed of two with 96 dimensions and 8192 keys, and with 128, a causal mask and 16k keys
-# 1.06, in blocks of 128 too, but 0.95 in blocks with 1k queries, and 0.96 in blocks of 1. None of the other tiles there
-# is faster than these.
+# 1.06, in blocks of 128 too, but 0.91 to 1.00 in blocks with 1k queries, and 0.95 to 0.98 in blocks of 1. None of the
+# other tiles there is faster than these.
 HOPPER_TILES = (
     HopperTiles(
         head_dim=64,
@@ -339,7 +339,7 @@ SPLIT_BLOCKS = 2
 SPLIT_KEYS = 512
 # Query rows of a kv head from which a shared prefix is a forward kernel's: of 2k tokens forward_sm80 has 0.94 of the
 # speed of decode with 64 rows and 1.3 times with 128, of 16k 1.8 and 1.9 times; forward_sm90 is faster again, at 16k
-# tokens up to 1.3 times with 64 and 128 rows and 1.8 times from 512 on.
+# tokens 1.0 to 1.3 times with 64 and 128 rows and 1.8 times from 512 on (notebooks/results/hopper_tiles.json, prefix).
 PREFIX_ROWS = 64
 MOST_FORWARD_SPLITS = 64
 # Of the 255 registers of a thread: what accumulators may take without spills, as the compile tests see it: less from
