@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arrays import view
+from .arrays import one_token, refuse, view
 from .attention import CACHE_NAMES, Array, optional_view, read_cache_arguments
 from .kernels.operands import Operands
 from .planned_call import PlannedCall
@@ -38,6 +38,10 @@ class DecodePlan(PlannedCall):
     streams by events, replays of graphs that hold them included, or make one plan for each stream. Threads may share a
     plan under the same condition. When a plan is dropped, its memory is reused in the order of the stream that was
     current when it was made; what a graph has captured is kept for good.
+
+    Where q is planned as (batch, heads, head_dim), one query for each sequence, runs take it so, and give out (batch,
+    heads, head_dim of v_cache) and lse (batch, heads): to give an array another shape costs the host as much as a
+    launch.
 
     A run can be captured in a CUDA graph, by CuPy's stream capture or by torch.cuda.graph, with `out=` given or not. A
     replay reads lengths, tables, caches and all other arrays as they are then: the graph stays right as sequences grow
@@ -99,13 +103,21 @@ class DecodePlan(PlannedCall):
         kernel: str = "auto",
         check: bool | None = None,
     ) -> None:
-        found = view(q, "q"), view(k_cache, "k_cache"), view(v_cache, "v_cache")
-        operands = Operands(*found, optional_view(out, "out"))
+        queries, result = view(q, "q"), optional_view(out, "out")
+        without_token = len(queries.shape) == 3
+        if without_token:
+            queries = one_token(queries)
+            if result is not None and len(result.shape) != 3:
+                refuse(
+                    "out", f"shape {result.shape}", "(batch, heads, head_dim of v_cache), as q has no axis of tokens"
+                )
+            result = None if result is None else one_token(result)
+        operands = Operands(queries, view(k_cache, "k_cache"), view(v_cache, "v_cache"), result)
         optional = k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
         scales = read_cache_arguments(operands, *optional, alibi_slopes, sinks, k_scale, v_scale)
         masks = (causal, window, softmax_scale, softcap, return_lse)
         options = (*masks, kernel, None, None, layout, (kv_dtype, *scales, rotary_interleaved, num_splits))
-        self._prepare(operands, options, CACHE_NAMES, ROLES, check)
+        self._prepare(operands, options, CACHE_NAMES, ROLES, check, without_token)
 
     def run(
         self,
@@ -134,7 +146,7 @@ class DecodePlan(PlannedCall):
         that is refused has launched and written nothing.
 
         Args:
-            q: (batch, seqlen_q, heads, head_dim).
+            q: (batch, seqlen_q, heads, head_dim), or (batch, heads, head_dim) if that was planned.
             k_cache, v_cache: the caches or their blocks, as in `attention_with_kvcache`.
             k, v: (batch, seqlen_new, kv_heads, head_dim).
             rotary_cos, rotary_sin: (positions, rotary_dim / 2).
@@ -147,7 +159,7 @@ class DecodePlan(PlannedCall):
         Returns:
             As `attention_with_kvcache`: an array (batch, seqlen_q, heads, head_dim of v_cache) of q's dtype in q's
             library, `out` itself if given; where return_lse was planned a pair of it and the lse, float32 (batch,
-            heads, seqlen_q).
+            heads, seqlen_q). Both without the axis of tokens if q has none.
 
         Raises:
             TypeError, ValueError: an argument is not as planned. The message names it, what came and what was planned.

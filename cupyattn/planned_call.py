@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any, NoReturn
 
-from .arrays import View, contiguous_strides, device_name, numpy_dtype, reach, refuse, view
+from .arrays import View, contiguous_strides, device_name, numpy_dtype, one_token, reach, refuse, view
 from .attention import (
     Array,
     Call,
@@ -40,13 +40,23 @@ class PlannedCall:
     """One form of call, prepared as far as can be. Subclasses call `_prepare` when made and `_run` to run."""
 
     __slots__ = ("_call", "_names", "_roles", "_checks", "_forms", "_out", "_numbers", "_longest")
-    __slots__ += ("_addresses", "_planned")
+    __slots__ += ("_addresses", "_planned", "_without_token")
 
     def _prepare(
-        self, operands: Operands, options: tuple, names: tuple[str, str, str], roles: Roles, check: bool | None
+        self,
+        operands: Operands,
+        options: tuple,
+        names: tuple[str, str, str],
+        roles: Roles,
+        check: bool | None,
+        without_token: bool = False,
     ) -> None:
-        """Plan for arrays like these examples; options and names are as in `attention.find_call`."""
+        """Plan for arrays like these examples; options and names are as in `attention.find_call`.
+
+        without_token: runs get q and out, and give out and lse, without the axis of tokens that these examples have.
+        """
         self._call = call = prepare_call(operands, options, names)
+        self._without_token = without_token
         self._names = names
         self._roles = roles
         check_results(operands, call.out_dtype, names)
@@ -54,15 +64,21 @@ class PlannedCall:
         self._checks = checking(check, operands.q.device)
         if operands.out is None:
             operands.out = _new_array(operands.q, call.out_shape, call.out_dtype)
-        self._forms = tuple([_form(role, operands, call) for _, role in roles])
-        self._out = _form("out", operands, call)
+        seen = operands
+        if without_token:
+            seen = replace(operands, q=_without_token(operands.q), out=_without_token(operands.out))
+        self._forms = tuple([_form(role, seen, call) for _, role in roles])
+        self._out = _form("out", seen, call)
         _, *self._numbers, _, _ = options[-1]  # scales that are numbers
         self._longest = None if operands.uniform_length is None else longest_uniform(call.problem)
         self._addresses = _Addresses(call, roles, self._forms, self._out)
-        self._planned = self._bind(operands)
+        self._planned = self._bind(operands, seen)
 
-    def _bind(self, operands: Operands) -> Any:
-        """The launches with memory of their own; the plan's call then goes through these. None where there are none."""
+    def _bind(self, operands: Operands, seen: Operands) -> Any:
+        """The launches with memory of their own; the plan's call then goes through these. None where there are none.
+
+        seen: the operands as runs get them.
+        """
         if operands.q.device < 0:
             return None
         from .kernels.launch import on_stream_of  # these need CuPy
@@ -75,11 +91,11 @@ class PlannedCall:
         if size is None:
             return None
         roles = tuple([role for _, role in self._roles])
-        lse_shape = call.lse_shape if call.problem.lse else None
+        lse_shape = call.lse_shape[: 2 if self._without_token else None] if call.problem.lse else None
         with device_of(operands.q):
             with on_stream_of(operands.q):
                 memory = Workspace(operands.q.device, size) if size else None
-            planned = Planned(call.run, memory, operands, roles, lse_shape, self._addresses)
+            planned = Planned(call.run, memory, operands, roles, seen, lse_shape, self._addresses)
         self._call = replace(call, run=planned)
         return planned
 
@@ -137,7 +153,7 @@ class PlannedCall:
         if out is not None:
             operands.out = planned_view("out", out, self._out)
             check_writable("out", operands.out)
-        elif self._out.strides != _used_strides(_new_array(operands.q, call.out_shape, self._out.dtype)):
+        elif self._out.strides != _used_strides(_new_array(operands.q, self._out.shape, self._out.dtype)):
             refuse_unplanned("out", None, f"one with strides {self._out.strides}")
         if self._longest is not None:
             operands.uniform_length = length
@@ -149,7 +165,16 @@ class PlannedCall:
         self._addresses(addresses, 0 if out is None else operands.out.pointer)
         if self._checks:
             check_indices(call.problem, index_contents(operands, call.problem.batch, self._names[2]))
-        return run_call(call, operands, out)
+        return self._run_without_token(operands, out) if self._without_token else run_call(call, operands, out)
+
+    def _run_without_token(self, operands: Operands, out: Array | None) -> Array | tuple[Array, Array]:
+        """Run with the axis of tokens, and take it from what comes back."""
+        operands.q, operands.out = one_token(operands.q), None if out is None else one_token(operands.out)
+        results = run_call(self._call, operands, out)
+        if not self.problem.lse:
+            return results if out is not None else results[:, 0]
+        result, lse = results
+        return result if out is not None else result[:, 0], lse[..., 0]
 
     def _length(self, length: Array | int | None) -> int:
         """The int that was planned for, checked."""
@@ -198,6 +223,12 @@ class _Form:
 
     def __str__(self) -> str:
         return f"an array of {self.dtype}, shape {self.shape}, on {device_name(self.device)}"
+
+
+def _without_token(found: View) -> View:
+    """The form of an array (batch, 1, heads, head_dim) without its second axis."""
+    (batch, _, *row), (step, _, *steps) = found.shape, found.strides
+    return replace(found, shape=(batch, *row), strides=(step, *steps))
 
 
 def _form(role: str, operands: Operands, call: Call) -> _Form | None:

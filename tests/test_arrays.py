@@ -15,7 +15,18 @@ import numpy as np
 import pytest
 
 from cupyattn import arrays
-from cupyattn.arrays import View, deliver, device_name, empty, fill, host_array, overlap, view
+from cupyattn.arrays import (
+    View,
+    deliver,
+    device_name,
+    empty,
+    fill,
+    heads_last,
+    host_array,
+    overlap,
+    split_axis,
+    view,
+)
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -249,6 +260,24 @@ def in_library(library, array):
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
     return pytest.importorskip("jax.numpy").asarray(array)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_windows_onto_a_view_are_those_onto_its_array(library, dtype):
+    host = np.arange(3 * 2 * 3 * 4 * 5).reshape(3, 2, 3, 4, 5).astype(dtype)[::2, :, :, 1:]
+    whole = view(in_library(library, host if library == "numpy" else host.copy()))
+    for i, part in enumerate(split_axis(whole, 2)):
+        expected = host[:, :, i]
+        turned = heads_last(part)
+        assert (part.shape, turned.shape) == (expected.shape, expected.swapaxes(1, 2).shape)
+        assert (host_array(part) == expected).all() and (host_array(turned) == expected.swapaxes(1, 2)).all()
+        for found in (part, turned):  # what a kernel would read
+            base = host_array(found)
+            assert found.pointer == base.__array_interface__["data"][0]
+            assert tuple(step * base.itemsize for step in found.strides) == base.strides
+            assert found.array is whole.array and (found.library, found.device) == (library, -1)
+        assert view(turned, "q") is turned
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])

@@ -101,6 +101,33 @@ def test_dense_with_everything(backend, rng, step):
 
 
 @pytest.mark.backends("numpy", "cuda")
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_queries_without_an_axis_of_tokens(backend, rng, return_lse):
+    q, cache = normal(rng, (4, 1, 8, 64), "float16"), paged(rng, held(rng, "float16", LENGTHS), 16, capacity=70)
+    new = dict(zip("kv", normal(rng, (2, 4, 1, 2, 64), "float16"), strict=True))
+    run, fixed = apart(put(backend, {"cache_seqlens": ints(*LENGTHS), "return_lse": return_lse} | new | cache.places))
+    here, flat = cache.split(backend.put(cache.array)), backend.put(q[:, 0])
+    expected = DecodePlan(backend.put(q), *here, **run, **fixed).run(backend.put(q), *here, **run)
+    expected, *lse = expected if return_lse else (expected,)
+    wide = backend.put(np.full((4, 2, 8, 64), np.nan, np.float16))
+    for out in (None, wide[:, 1]):
+        plan = DecodePlan(flat, *here, **run, **fixed, out=out)
+        for _ in "12":  # the second time the arrays are known
+            got = plan.run(flat, *here, **run, out=out)
+            got, *sums = got if return_lse else (got,)
+            assert out is None or got is out
+            same(backend, got, expected[:, 0])
+            assert len(sums) == len(lse)
+            for one, other in zip(sums, lse, strict=True):
+                same(backend, one, other[..., 0])
+    assert np.isnan(backend.get(wide)[:, 0]).all()
+    with pytest.raises(ValueError, match=r"^q: got shape \(4, 1, 8, 64\), expected \(4, 8, 64\), as planned"):
+        plan.run(backend.put(q), *here, **run, out=out)
+    with pytest.raises(ValueError, match=r"^out: got shape .*, expected \(batch, heads, head_dim of v_cache\)"):
+        DecodePlan(flat, *here, **run, **fixed, out=backend.put(q))
+
+
+@pytest.mark.backends("numpy", "cuda")
 @pytest.mark.parametrize("scales", SCALES)
 def test_fp8(backend, rng, step, scales):
     q, new = step
@@ -535,6 +562,7 @@ def torch(monkeypatch):
     made.float16, made.float32, made.int32 = map(np.dtype, ("float16", "float32", "int32"))
     made.device = lambda kind, index: (kind, index)
     made.empty = lambda shape, dtype, device: Tensor(at_address(0xE0000000, shape, dtype))
+    made.empty_like = lambda tensor: made.empty(tensor.shape, tensor.dtype, None)
     made._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made

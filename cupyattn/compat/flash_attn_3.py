@@ -103,7 +103,7 @@ def flash_attn_qkvpacked_func(
     if len(view(qkv, "qkv").shape) == 4:
         q, k, v = _heads(qkv, num_heads_q)
     else:
-        q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)")
+        q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)", as_arrays=False)
     masks = masks_of(causal, window_size, softmax_scale, softcap, None)
     names = QKV_NAMES | {"return_lse": "return_attn_probs"}
     return named(names, attention, q, k, v, return_lse=return_attn_probs, **masks)

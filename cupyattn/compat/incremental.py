@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arrays import ACCEPTED, refuse
+from ..arrays import View, heads_last, refuse, view
 from ..attention import Array, attention
 from ..kvcache import (
     KVCache,
@@ -64,7 +64,8 @@ def flash_attention(
     (2, 8, 16, 64)
     """
     rows = _tokens_first("q", q), _tokens_first("k", k), _tokens_first("v", v)
-    if v.shape[:3] != k.shape[:3]:
+    keys, values = rows[1].shape, rows[2].shape
+    if values[:3] != keys[:3]:
         refuse("v", f"shape {tuple(v.shape)}", f"k's shape {tuple(k.shape)}, but for head_dim")
     options["out"] = None if out is None else _tokens_first("out", out)
     if not return_lse:
@@ -74,11 +75,9 @@ def flash_attention(
     return result.swapaxes(1, 2) if out is None else out, lse
 
 
-def _tokens_first(name: str, array: Array) -> Array:
+def _tokens_first(name: str, array: Array) -> View:
     """(batch, heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim), without a copy."""
-    if not hasattr(array, "shape") or not hasattr(array, "swapaxes"):
-        refuse(name, "None" if array is None else f"a {type(array).__name__}", ACCEPTED, TypeError)
-    if len(array.shape) != 4:
-        shape = tuple(array.shape)
-        refuse(name, f"{len(shape)}-D shape {shape}", "4-D (batch, heads, seqlen, head_dim)")
-    return array.swapaxes(1, 2)
+    found = view(array, name)
+    if len(found.shape) != 4:
+        refuse(name, f"{len(found.shape)}-D shape {found.shape}", "4-D (batch, heads, seqlen, head_dim)")
+    return heads_last(found)

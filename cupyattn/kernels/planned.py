@@ -54,13 +54,15 @@ class Planned:
         memory: Workspace | None,
         operands: Operands,
         roles: tuple[str, ...],
+        seen: Operands,
         lse_shape: tuple[int, ...] | None,
         check: Check,
     ) -> None:
         """The device is the current one. `operands` are an example, `roles` the names there of what is read.
 
-        memory is of `launches.workspace_bytes`, None for 0; lse_shape is None if no lse is asked for; `check` sees all
-        addresses before they are used.
+        seen: the operands in the forms in which arrays come and go, whose addresses are the same; memory: of
+        `launches.workspace_bytes`, None for 0; lse_shape: None if no lse is asked for; check: sees all addresses before
+        they are used.
         """
         from cupy_backends.cuda.api import driver
 
@@ -76,7 +78,7 @@ class Planned:
             self._launches.append(partial(driver.launchKernel, *form))
         self._of_thread = threading.local()
         self._kept = memory is None
-        self._quick = _Quick(operands, self._inputs(operands), lse_shape)
+        self._quick = _Quick(seen, self._inputs(seen), lse_shape)
         self._argument()  # a graph may be captured before anything else is run
         _look_closely_after_fork()
 
@@ -92,10 +94,10 @@ class Planned:
             argument.write(self._template.length, operands.uniform_length)
         self._enqueue(argument, stream)
 
-    def at(self, addresses: Addresses, out: int, lse: int, length: int, stream: int) -> None:
+    def at(self, addresses: Addresses, out: int, lse: int, length: int, stream: int, captured: bool) -> None:
         """The same for arrays of the planned forms that are known by their addresses alone.
 
-        lse is 0 and length -1 where the call has none.
+        lse is 0 and length -1 where the call has none; captured: whether the stream is being captured.
         """
         argument = self._argument()
         held = argument.addresses
@@ -107,7 +109,7 @@ class Planned:
             argument.write(self._template.lse, lse)
         if length >= 0:
             argument.write(self._template.length, length)
-        self._enqueue(argument, stream)
+        self._enqueue(argument, stream, captured)
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
         """Launch for CuPy arrays or PyTorch tensors that are in every way as the example was, on the stream of theirs.
@@ -158,19 +160,21 @@ class Planned:
             quick.of_tensors = _OfTensors(torch, quick)
         of_tensors, argument = quick.of_tensors, self._argument()
         records = torch.is_grad_enabled()
+        held = argument.addresses
         for i, (tensor, form) in enumerate(zip(tensors, of_tensors.forms)):  # noqa: B905 (as above)
             if tensor is not None or form is not None:
                 address = of_tensors.address_of(tensor, form, records)
                 if address is None:
                     return None
-                argument.put(i, address, _never)
+                if address != held[i]:
+                    argument.put(i, address, _never)
         if out is not None:
             address = of_tensors.address_of(out, of_tensors.out_form, records)
             if address is None:
                 return None
             argument.put_out(address, _never)
         elif quick.makes_out:
-            out = of_tensors.empty(quick.out_form[0], dtype=of_tensors.out_form[2])
+            out = of_tensors.new_out(tensors[0])
             argument.put_out(out.data_ptr(), _never)
         else:
             return None
@@ -206,14 +210,15 @@ class Planned:
             self._of_thread.argument = made = _Argument(self._template, absent)
             return made
 
-    def _enqueue(self, argument: _Argument, stream: int) -> None:
+    def _enqueue(self, argument: _Argument, stream: int, captured: bool | None = None) -> None:
+        """captured: whether the stream is being captured, None if that is to be found out."""
         if not argument.checked:
             self._check(argument.addresses, argument.out)
             argument.encode_maps()
             argument.checked = True
         try:
-            if stream and not self._kept:  # a graph that holds these launches may outlive the plan
-                self._kept = keep_if_captured(self.memory, stream)
+            if stream and not self._kept and captured is not False:
+                self._kept = keep_if_captured(self.memory, stream)  # a graph with these launches may outlive the plan
             for launch, location in zip(self._launches, argument.locations):  # noqa: B905 (as above)
                 launch(stream, location, 0)
         except Exception as error:
@@ -379,7 +384,7 @@ class _Quick:
 class _OfTensors:
     """The same for PyTorch's tensors."""
 
-    __slots__ = ("kind", "forms", "out_form", "empty")
+    __slots__ = ("kind", "forms", "out_form", "empty", "empty_like", "like_q")
 
     def __init__(self, torch: ModuleType, quick: _Quick) -> None:
         def of_tensors(form: _Form | None) -> _Form | None:
@@ -392,6 +397,14 @@ class _OfTensors:
         self.forms = tuple([of_tensors(form) for form in quick.forms])
         self.out_form = of_tensors(quick.out_form)
         self.empty = partial(torch.empty, device=torch.device("cuda", quick.device))
+        self.empty_like = torch.empty_like
+        self.like_q = self.forms[0] == self.out_form  # strides too: a new tensor gets those of the one it is like
+
+    def new_out(self, q: Any) -> Any:
+        """A tensor of the output's form."""
+        if self.like_q:
+            return self.empty_like(q)  # two thirds of the time that it takes to say what it is to be like
+        return self.empty(self.out_form[0], dtype=self.out_form[2])
 
     def address_of(self, tensor: Any, form: _Form | None, records: bool) -> int | None:
         """The address of a tensor of that form, None for anything else; records: whether gradients are."""

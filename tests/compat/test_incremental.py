@@ -73,12 +73,14 @@ def test_the_arrays_are_not_copied(rng, monkeypatch):
 
     def attention(*given, out=None, **options):
         passed.extend(given)
-        return given[0]
+        return np.empty((2, 4, 3, 32))
 
     monkeypatch.setattr(incremental, "attention", attention)
     given = heads_first(rng, "float16")
     flash_attention(*given)
-    assert len(passed) == 3 and all(np.shares_memory(a, b) for a, b in zip(passed, given, strict=True))
+    assert len(passed) == 3
+    for seen, array in zip(passed, given, strict=True):
+        assert seen.array is array and np.shares_memory(seen.base, array)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Tests with `device` run on the CPU, and on a GPU where PyTorch has one.
 from __future__ import annotations
 
 import doctest
+import functools
 import inspect
 import re
 import shutil
@@ -335,8 +336,14 @@ def test_tensors_on_other_devices_are_refused():
 def here(monkeypatch):
     """How many calls came here."""
     calls = []
-    call = sdpa._attend
-    monkeypatch.setattr(sdpa, "_attend", lambda *x: calls.append(x) or call(*x))
+
+    def counted(call, *given, **options):
+        out = call(*given, **options)
+        calls.append(given)
+        return out
+
+    for name in ("attend_eagerly", "attention"):
+        monkeypatch.setattr(sdpa, name, functools.partial(counted, getattr(sdpa, name)))
     return calls
 
 

@@ -24,9 +24,10 @@ Bad arguments raise TypeError or ValueError before anything is written, by their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ...arrays import ACCEPTED, refuse
+from ...arrays import View, refuse, split_axis, view
 from ...attention import Array, attention, attention_varlen
 from .caches import NAMES, attend_cache, cache_masks, cache_names, either, masks_of
 from .complaints import named, refuse_dropout
@@ -94,7 +95,7 @@ def flash_attn_kvpacked_func(
 ) -> Results:
     """`flash_attn_func` with keys and values in one array, kv (batch, seqlen_k, 2, nheads_k, headdim)."""
     masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    k, v = parts("kv", kv, 2, "(batch, seqlen_k, 2, nheads_k, headdim)")
+    k, v = parts("kv", kv, 2, "(batch, seqlen_k, 2, nheads_k, headdim)", return_attn_probs)
     return _dense(q, k, v, dropout_p, return_attn_probs, masks, KV_NAMES)
 
 
@@ -111,7 +112,7 @@ def flash_attn_qkvpacked_func(
 ) -> Results:
     """`flash_attn_func` with all in one array, qkv (batch, seqlen, 3, nheads, headdim)."""
     masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)")
+    q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)", return_attn_probs)
     return _dense(q, k, v, dropout_p, return_attn_probs, masks, QKV_NAMES)
 
 
@@ -174,7 +175,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Results:
     """`flash_attn_varlen_func` with keys and values in one array, kv (total_k, 2, nheads_k, headdim)."""
     masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    k, v = parts("kv", kv, 2, "(total_k, 2, nheads_k, headdim)")
+    k, v = parts("kv", kv, 2, "(total_k, 2, nheads_k, headdim)", return_attn_probs)
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None)
     return _varlen(q, k, v, places, dropout_p, return_attn_probs, masks, KV_NAMES)
 
@@ -194,7 +195,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Results:
     """`flash_attn_varlen_func` with all in one array, qkv (total, 3, nheads, headdim)."""
     masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    q, k, v = parts("qkv", qkv, 3, "(total, 3, nheads, headdim)")
+    q, k, v = parts("qkv", qkv, 3, "(total, 3, nheads, headdim)", return_attn_probs)
     places = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, None)
     return _varlen(q, k, v, places, dropout_p, return_attn_probs, masks, VARLEN_QKV_NAMES)
 
@@ -367,13 +368,11 @@ def _with_lse(results: tuple[Array, Array]) -> tuple[Array, Array]:
     return out, flash_attn_lse(lse)
 
 
-def parts(name: str, packed: Array, count: int, form: str) -> tuple[Array, ...]:
-    """Views of an array's parts on the axis before the heads."""
-    shape = getattr(packed, "shape", None)
-    if shape is None:
-        refuse(name, "None" if packed is None else f"a {type(packed).__name__}", ACCEPTED, TypeError)
-    if len(shape) != form.count(",") + 1 or shape[-3] != count:
-        refuse(name, f"shape {tuple(shape)}", form)
-    if hasattr(packed, "unbind"):  # PyTorch's: one call, where each slice would cost as much
-        return packed.unbind(-3)
-    return tuple(packed[..., i, :, :] for i in range(count))
+def parts(name: str, packed: Array, count: int, form: str, as_arrays: bool) -> Sequence[Array | View]:
+    """An array's parts on the axis before the heads: as views for the kernels, or as arrays to work on."""
+    found = view(packed, name)
+    if len(found.shape) != form.count(",") + 1 or found.shape[-3] != count:
+        refuse(name, f"shape {found.shape}", form)
+    if as_arrays or found.strides[-1] != 1:  # which would be copied
+        return [packed[..., i, :, :] for i in range(count)]
+    return split_axis(found, len(found.shape) - 3)

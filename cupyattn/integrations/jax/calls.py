@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
 
@@ -59,7 +58,8 @@ def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
 class Callback:
     """Runs calls of one form on whatever device their buffers are."""
 
-    __slots__ = ("_described", "_positions", "_length", "_lse", "_appends", "_plans", "_lock", "__weakref__")
+    __slots__ = ("_described", "_positions", "_length", "_lse", "_appends", "_captures", "_plans", "_lock")
+    __slots__ += ("__weakref__",)
 
     def __init__(self, found: Described) -> None:
         self._described = found
@@ -71,6 +71,7 @@ class Callback:
         self._length = -1 if found.form.length is None else found.form.length
         self._lse = found.problem.lse
         self._appends = found.appends
+        self._captures = found.form.command_buffer
         self._plans: dict[tuple[int, int, int], _Plan] = {}
         self._lock = threading.Lock()
 
@@ -78,24 +79,26 @@ class Callback:
         kind, device = buffers[0].__dlpack_device__()
         if kind == _CPU:
             self._on_host(results, buffers)
-        else:
+        elif current_device() == device:
             self._on_device(device, context.stream, results, buffers)
+        else:
+            with on_device(device):
+                self._on_device(device, context.stream, results, buffers)
 
     def _on_device(self, device: int, stream: int, results: tuple[Buffer, ...], buffers: tuple[Buffer, ...]) -> None:
-        found = [address_of(buffer) for buffer in buffers]
         addresses = [0] * len(ROLES)
         for position, i in self._positions:
-            addresses[position] = found[i]
-        out, *others = [address_of(buffer) for buffer in results]
+            addresses[position] = address_of(buffers[i])
+        out = address_of(results[0])
         if self._appends:  # XLA makes a cache that was not donated a copy, and that is what comes in and goes out
-            addresses[_K], addresses[_V] = others[-2:]
-        lse = others[0] if self._lse else 0
-        with nullcontext() if current_device() == device else on_device(device):
-            # Launches of one plan must not overlap. Those of a graph may run beside one another if XLA likes, but two
-            # that are at work at once write to two places.
-            key = device, stream, out if _is_captured()(stream) else 0
-            plan = self._plans.get(key) or self._plan(key)
-            plan.at(addresses, out, lse, self._length, stream)
+            addresses[_K], addresses[_V] = address_of(results[-2]), address_of(results[-1])
+        lse = address_of(results[1]) if self._lse else 0
+        captured = self._captures and _is_captured()(stream)
+        # Launches of one plan must not overlap. Those of a graph may run beside one another if XLA likes, but two that
+        # are at work at once write to two places.
+        key = device, stream, out if captured else 0
+        plan = self._plans.get(key) or self._plan(key)
+        plan.at(addresses, out, lse, self._length, stream, captured)
 
     def _plan(self, key: tuple[int, int, int]) -> _Plan:
         from ...kernels.workspace import outside_capture
@@ -148,10 +151,10 @@ class _Plan(PlannedCall):
         roles = tuple([(form.name_of(role), role) for role in ROLES])
         self._prepare(self._operands, form.positional(), form.names, roles, False)
 
-    def at(self, addresses: list[int], out: int, lse: int, length: int, stream: int) -> None:
+    def at(self, addresses: list[int], out: int, lse: int, length: int, stream: int, captured: bool) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Addresses are in the order of ROLES."""
         if self._planned is not None:
-            self._planned.at(addresses, out, lse, length, stream)
+            self._planned.at(addresses, out, lse, length, stream, captured)
         else:  # new rows and no query
             example = self._operands
             given = [(role, getattr(example, role), address) for role, address in zip(ROLES, addresses, strict=True)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ...arrays import refuse
+from ...arrays import heads_last, refuse, view
+from ...attention import attention as attend_eagerly
 from ...problem import MAX_HEAD_DIM
 from ..alignment import from_top_left
 from .functions import attention, traced
@@ -53,15 +54,41 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: an argument does not fit. The message names it, what came and what was expected.
     """
-    arguments = query, key, value, attn_mask, dropout_p, scale, enable_gqa
-    heads_fit = query.ndim > 2 < key.ndim and (enable_gqa or query.shape[-3] == key.shape[-3])
-    if attn_mask is not None or dropout_p or not heads_fit or traced(query):
-        _refuse_misfits(*arguments)
-    try:  # the kernels' own checks cover the rest, and are quicker than all of these
-        return _attend(query, key, value, is_causal, scale)
+    out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if out is None:
+        complaint = _complaint(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+        if complaint is not None:
+            refuse(*complaint)
+        out = _attend(query, key, value, is_causal, scale)
+    return out
+
+
+def _attend_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """The common calls: the kernels' own checks are quicker than `_complaint`, and transposed views than tensors.
+
+    None, and nothing is done, for others and for what is to be refused.
+    """
+    if attn_mask is not None or dropout_p or traced(query):
+        return None
+    try:
+        q, k, v = view(query, "query"), view(key, "key"), view(value, "value")
+        if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
+            return None
+        if (is_causal and q.shape[2] != k.shape[2]) or (q.shape[1] != k.shape[1] and not enable_gqa):
+            return None
+        out = attend_eagerly(heads_last(q), heads_last(k), heads_last(v), causal=is_causal, softmax_scale=scale)
     except (TypeError, ValueError):
-        _refuse_misfits(*arguments)
-        raise
+        return None
+    return out.transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
@@ -75,12 +102,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     arrays = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     out = attention(*arrays, causal=causal, window=window, softmax_scale=scale).transpose(1, 2)
     return out if batched else out[0]
-
-
-def _refuse_misfits(*arguments: Any) -> None:
-    complaint = _complaint(*arguments)
-    if complaint is not None:
-        refuse(*complaint)
 
 
 def _complaint(
@@ -192,6 +213,9 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
         if here and torch.is_autocast_enabled(kind):
             here = query.dtype == torch.get_autocast_dtype(kind)
         if here:
+            out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            if out is not None:
+                return out
             complaint = _complaint(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
             if complaint is None:
                 return _attend(query, key, value, is_causal, scale)
