@@ -475,7 +475,7 @@ def test_the_argument_is_that_of_a_prepared_call(driver):
     views = {name: cupyattn.arrays.view(x) for name, x in arrays.items()}
     roles = {role: views[name] for name, role in decode_plan.ROLES if name in views}
     operands = Operands(**roles, out=cupyattn.arrays.view(result), lse=cupyattn.arrays.view(lse))
-    expected = plan._planned.prepared.argument(operands, plan._planned.memory).tobytes()
+    expected = plan._planned.prepared.argument(operands, plan._planned.memory)
     assert np.array(words).tobytes()[: len(expected)] == expected
 
 

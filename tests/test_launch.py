@@ -5,6 +5,8 @@ At the end, on a device, the numbers of steps that append and rotate without the
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import types
 
 import numpy as np
@@ -37,7 +39,7 @@ class Launches(Runtime):
 
     def enqueue(self, function, grid, block, arguments, shared, stream):
         assert grid[0] and block[0]
-        words, *maps = (argument.tobytes() for argument in arguments)
+        words, *maps = arguments
         assert len(maps) == (function == "forward_sm90")
         self.seen.append((function, np.frombuffer(words, np.int64), stream))
         self.maps += maps
@@ -241,3 +243,36 @@ def test_steps_of_other_kernels(backend, rng, dtype, seqlen_q):
     checked_step(backend, q, dense(pairs, 70), **options | {"cache_seqlens": 20}, **rotary, window=(9, 0))
     none = {"k": k[:, :0].copy(), "v": v[:, :0].copy()}
     checked_step(backend, q, dense(pairs, 70), **options | none | {"cache_seqlens": 20}, **rotary, causal=True)
+
+
+def test_a_launch_hands_the_driver_the_places_of_its_arguments(monkeypatch):
+    """In any thread, each of which gets the device's context before its first launch."""
+    import cupy
+    from cupy_backends.cuda.api import driver
+
+    seen, contexts = [], []
+
+    def launch_kernel(*given):
+        *form, location, extra = given
+        pointers = (ctypes.c_void_p * 3).from_address(location)
+        seen.append((form, extra, [ctypes.string_at(at, size) for at, size in zip(pointers, (24, 4, 0), strict=True)]))
+
+    monkeypatch.setattr(driver, "launchKernel", launch_kernel)
+    monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: contexts.append(threading.get_ident()))
+    launch._launch_kernel.cache_clear()
+    function = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=0xF00))
+    arguments = bytes(range(24)), b"\0\1\0\2", b""
+
+    def twice():
+        for grid in ((5,), (5, 6, 7)):
+            launch.enqueue(function, grid, (128,), arguments, 4096, 77)
+
+    threads = [threading.Thread(target=twice) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    launch._launch_kernel.cache_clear()
+    expected = [[0xF00, *grid, 128, 1, 1, 4096, 77] for grid in ((5, 1, 1), (5, 6, 7))]
+    assert [form for form, _, _ in seen] == 2 * expected
+    assert all(extra == 0 and texts == [*arguments] for _, extra, texts in seen)
+    assert len(contexts) == 2 and threading.get_ident() not in contexts

@@ -431,7 +431,7 @@ class Launches(Driver):
 
         def enqueue(function, grid, block, arguments, shared, stream):
             form = function.kernel.ptr, *grid, *block, shared, stream
-            self.plain.append((*form, [argument.tobytes() for argument in arguments]))
+            self.plain.append((*form, list(arguments)))
 
         def encode(pointer, *form):
             assert pointer % 16 == 0, "the driver refuses it"

@@ -136,8 +136,9 @@ def front_doors(side: Side) -> Iterator[Row]:
     packed = partial(flash_attn.flash_attn_qkvpacked_func, qkv, causal=True)
     yield row("flash_attn_qkvpacked_func", call=packed, native=native)
     turned = [x.swapaxes(1, 2) for x in (q, k, v)]
-    native = partial(cupyattn.attention, q, k, v, causal=True)
-    yield row("incremental.flash_attention", call=partial(_heads_last, turned), native=native)
+    native = partial(_heads_first, q, k, v)
+    front = partial(incremental.flash_attention, *turned, causal=True)
+    yield row("incremental.flash_attention", call=front, native=native)
     ends = side.put(np.array([0, 50, 128], np.int32))
     rows = [x.reshape(128, *x.shape[2:]) for x in (q, k, v)]
     native = partial(cupyattn.attention_varlen, *rows, ends, ends, max_seqlen_q=78, max_seqlen_k=78, causal=True)
@@ -146,8 +147,9 @@ def front_doors(side: Side) -> Iterator[Row]:
     yield from cache_doors(side, row)
 
 
-def _heads_last(turned: list[Any]) -> Any:
-    return incremental.flash_attention(*turned, causal=True).swapaxes(1, 2)
+def _heads_first(q: Any, k: Any, v: Any) -> Any:
+    """The result of causal attention in the form in which incremental.flash_attention gives it."""
+    return cupyattn.attention(q, k, v, causal=True).swapaxes(1, 2)
 
 
 def cache_doors(side: Side, row: Callable[..., Row]) -> Iterator[Row]:
@@ -192,9 +194,8 @@ class Pages:
 def decode_rows(side: Side, theirs: ModuleType | None) -> Iterator[Row]:
     """A decode wrapper's plan and run, beside `DecodePlan.run` and FlashInfer's own."""
     pages, q = Pages(side), side.normal(BATCH, HEADS, HEAD_DIM)
-    decode_plan = cupyattn.DecodePlan(q[:, None], *pages.caches, cache_seqlens=pages.lengths, block_table=pages.table)
     where = {"cache_seqlens": pages.lengths, "block_table": pages.table}
-    native = partial(_first_query, decode_plan.run, q[:, None], *pages.caches, **where)
+    native = partial(cupyattn.DecodePlan(q, *pages.caches, **where).run, q, *pages.caches, **where)
     wrappers = _wrappers(side, "BatchDecodeWithPagedKVCacheWrapper", theirs)
     yield from _wrapper_rows(side, "decode", pages, (), (q, pages.caches), wrappers, native)
 
@@ -209,10 +210,6 @@ def prefill_rows(side: Side, theirs: ModuleType | None) -> Iterator[Row]:
     native = partial(prefill_plan.run, q, *pages.caches, there, **where)
     wrappers = _wrappers(side, "BatchPrefillWithPagedKVCacheWrapper", theirs)
     yield from _wrapper_rows(side, "prefill", pages, (ends, there), (q, pages.caches), wrappers, native)
-
-
-def _first_query(call: Callable[..., Any], *arrays: Any, **where: Any) -> Any:
-    return call(*arrays, **where)[:, 0]
 
 
 def _wrappers(side: Side, name: str, theirs: ModuleType | None) -> tuple[Any, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-import numpy as np
-
 from .. import jit
 from ..plan import plan_copy, plan_write
 from .launch import describe_device, enqueue
@@ -52,12 +50,12 @@ def copy_rows(
     for side in (source, target):
         sides += [side.k, side.v, side.blocks, *(stride // word for stride in side.strides)]
     argument = _PARAMS.pack(*sides, first, tokens, chunk, block_size, heads, head_bytes // word)
-    enqueue(loaded.function, grid, (threads,), (np.void(argument),), 0, stream)
+    enqueue(loaded.function, grid, (threads,), (argument,), 0, stream)
 
 
 def write_entries(device: int, array: int, index: int, value: int, count: int, stream: int) -> None:
     """array[index[i]] = value[i] for i below count, all int32 at these addresses. Returns at once."""
     defines, grid, threads = plan_write(count)
     loaded = jit.load("write_entries", defines, describe_device(device).arch, "write_entries", device, 0)
-    arguments = (np.uintp(array), np.uintp(index), np.uintp(value), np.int32(count))
+    arguments = (*(struct.pack("<Q", address) for address in (array, index, value)), struct.pack("<i", count))
     enqueue(loaded.function, (grid,), (threads,), arguments, 0, stream)

@@ -25,7 +25,7 @@ class HeldAppend:
         from cupy_backends.cuda.api import driver
 
         kernel, capacity = prepared.inline_kernel(len(indices))
-        argument = params.pack_append(operands, prepared.tail).tobytes()
+        argument = params.pack_append(operands, prepared.tail)
         first = len(argument) // 8  # word of the indices: the other argument is a multiple of 8 bytes
         self._words = np.zeros(first + capacity // 2, np.int64)
         self._words[:first] = np.frombuffer(argument, np.int64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -73,12 +75,12 @@ class PreparedHopper:
             arguments = (params.pack(o, self._tail), maps)
             enqueue(self.kernel.function, self._grid, self._block, arguments, self.plan.shared_bytes, stream)
 
-    def _join(self, q: int, k: int, v: int, out: int, counters: int) -> np.void:
+    def _join(self, q: int, k: int, v: int, out: int, counters: int) -> bytes:
         """`TensorMaps` of the kernel for arrays at these addresses."""
         # Parts in float32 are stored without a map.
         out_map = bytes(MAP_BYTES) if self.plan.kv_splits > 1 else self._maps("out", out)
         maps = self._maps("q", q) + self._maps("k", k) + self._maps("v", v) + out_map
-        return np.void(maps + counters.to_bytes(8, "little") + bytes(56))
+        return maps + counters.to_bytes(8, "little") + bytes(56)
 
 
 KEPT_MAPS = 256  # of one prepared problem: arrays come back at addresses that they had before
@@ -162,7 +164,7 @@ class PreparedDecode:
             argument = self.argument(operands, workspace(self._device, stream, self.plan.workspace_bytes))
             enqueue(self.kernel.function, self._grid, self._block, (argument,), self.plan.shared_bytes, stream)
 
-    def argument(self, operands: Operands, memory: Workspace) -> np.void:
+    def argument(self, operands: Operands, memory: Workspace) -> bytes:
         """The kernel's argument for a launch with this workspace, which no other launch may use at the same time."""
         return params.pack_decode(operands, self._tail, self._decode_tail, memory.pointer)
 
@@ -196,7 +198,7 @@ class PreparedAppend:
         if self.grid[0]:
             kernel, capacity = self.inline_kernel(len(indices))
             argument = params.pack_append(operands, self.tail)
-            held = np.void(indices.tobytes().ljust(4 * capacity, b"\0"))
+            held = indices.tobytes().ljust(4 * capacity, b"\0")
             enqueue(kernel.function, self.grid, self.block, (argument, held), 0, stream)
 
     def inline_kernel(self, indices: int) -> tuple[jit.Kernel, int]:
@@ -339,19 +341,42 @@ def on_stream_of(like: View) -> AbstractContextManager:
 
 def enqueue(
     function: cupy.RawKernel,
-    grid: tuple[int],
+    grid: tuple[int, ...],
     block: tuple[int],
-    arguments: tuple[np.void, ...],
+    arguments: tuple[bytes, ...],
     shared: int,
     stream: int,
 ) -> None:
-    """Launch on the current device, whose stream `stream` must be."""
-    current, device = _current()
-    if current().ptr == stream:
-        function(grid, block, arguments, shared_mem=shared)
-    else:
-        with _stream(stream, device()):
-            function(grid, block, arguments, shared_mem=shared)
+    """Launch on the current device, whose stream `stream` must be.
+
+    By the driver itself: a RawKernel looks at every argument, which takes the host longer than the launch.
+    """
+    launch = _launch_kernel()
+    if not hasattr(_of_thread, "ready"):
+        _make_context()
+    pointers = _POINTERS[len(arguments)](*arguments)  # to the bytes, which the driver has copied when it returns
+    across, down, deep = (*grid, 1, 1)[:3]
+    where = across, down, deep, block[0], 1, 1, shared, stream
+    launch(function.kernel.ptr, *where, ctypes.addressof(pointers), 0)
+
+
+_POINTERS = tuple([ctypes.c_char_p * count for count in range(8)])
+_of_thread = threading.local()
+
+
+def _make_context() -> None:
+    """Make the current device's context this thread's, which the driver takes for granted."""
+    import cupy
+
+    cupy.cuda.runtime.memGetInfo()
+    _of_thread.ready = True
+
+
+@functools.cache
+def _launch_kernel() -> Callable[..., None]:
+    from cupy_backends.cuda.api import driver
+
+    return driver.launchKernel
 
 
 @functools.cache

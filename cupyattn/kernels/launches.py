@@ -61,8 +61,8 @@ def launches(prepared: Any, operands: Operands, memory: Workspace | None) -> lis
     plan = prepared.plan
     form = prepared.kernel, plan.grid, plan.threads, plan.shared_bytes
     if isinstance(prepared, PreparedDecode):
-        return [Launch(*form, (prepared.argument(operands, memory).tobytes(),))]
-    argument = params.pack(operands, params.scalars(prepared.problem, plan)).tobytes()
+        return [Launch(*form, (prepared.argument(operands, memory),))]
+    argument = params.pack(operands, params.scalars(prepared.problem, plan))
     if isinstance(prepared, PreparedHopper):
         return [Launch(*form, (argument, _without_maps(memory)), _maps(prepared, operands))]
     return [Launch(*form, (argument,))]
@@ -87,13 +87,13 @@ def _steps(prepared: PreparedSteps, operands: Operands, memory: Workspace | None
         append = prepared._append.append
         _, grid, threads = plan_append(append)
         argument = params.pack_append(operands.appending(), params.append_scalars(append))
-        made.append(Launch(prepared._append.kernel, grid, threads, 0, (argument.tobytes(),)))
+        made.append(Launch(prepared._append.kernel, grid, threads, 0, (argument,)))
     if prepared._rotate is not None:
         o, rotate = operands, prepared._rotate
         rotated = replace(o.q, pointer=memory.pointer + _rotated(prepared), strides=contiguous_strides(o.q.shape))
         offsets = o.seqused_k, o.uniform_length or 0
         argument = rotate.argument(o.q, rotated, o.rotary_cos, o.rotary_sin, *offsets, None)
-        made.append(Launch(rotate.kernel, rotate.grid, rotate.threads, 0, (argument.tobytes(),)))
+        made.append(Launch(rotate.kernel, rotate.grid, rotate.threads, 0, (argument,)))
         operands = replace(operands, q=rotated)
     return made + launches(prepared._attend, operands, memory)
 
@@ -116,5 +116,5 @@ def _splits(prepared: PreparedSplits, operands: Operands, memory: Workspace) -> 
     argument = merge.argument(outs, lses, operands.out.pointer, lse)
     return [
         *launches(prepared._attend, replace(operands, out=parts, lse=ends), memory),
-        Launch(merge.kernel, merge.grid, merge.threads, 0, (argument.tobytes(),)),
+        Launch(merge.kernel, merge.grid, merge.threads, 0, (argument,)),
     ]

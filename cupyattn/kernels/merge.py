@@ -6,8 +6,6 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .. import jit
 from ..plan import MERGE_CAPACITIES, plan_merge
 from .launch import describe_device, enqueue
@@ -80,8 +78,8 @@ class _Round:
         argument = self.argument(outs, lses, out, lse)
         enqueue(self.kernel.function, (self.grid,), (self.threads,), (argument,), 0, stream)
 
-    def argument(self, outs: Addresses, lses: Addresses, out: int, lse: int) -> np.void:
+    def argument(self, outs: Addresses, lses: Addresses, out: int, lse: int) -> bytes:
         """The kernel's argument."""
         room = (0,) * (self._capacity - len(outs))
         head = self._pointers.pack(*outs, *room, *lses, *room, out, lse)
-        return np.void(head + _SCALARS.pack(*self._strides, len(outs), *self._sizes))
+        return head + _SCALARS.pack(*self._strides, len(outs), *self._sizes)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import struct
 
-import numpy as np
-
 from ..plan import COUNTER_BYTES, Plan
 from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
@@ -42,7 +40,7 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
     )
 
 
-def pack(operands: Operands, tail: bytes) -> np.void:
+def pack(operands: Operands, tail: bytes) -> bytes:
     """The kernel argument: this call's addresses before the prepared scalars."""
     o = operands
     head = POINTERS.pack(
@@ -61,7 +59,7 @@ def pack(operands: Operands, tail: bytes) -> np.void:
         o.sinks.pointer if o.sinks is not None else 0,
         -1 if o.uniform_length is None else o.uniform_length,
     )
-    return np.void(head + tail)
+    return head + tail
 
 
 MOST_SPLITS = 1 << 24  # more pieces are never made; the kernel adds a sequence's tiles to this in 32 bits
@@ -86,7 +84,7 @@ def decode_scalars(problem: Problem, plan: Plan) -> bytes:
     )
 
 
-def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: int) -> np.void:
+def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: int) -> bytes:
     """The decode kernel's argument: a forward kernel's, then its own pointers and scalars."""
     o = operands
     head = DECODE_POINTERS.pack(
@@ -99,7 +97,7 @@ def pack_decode(operands: Operands, tail: bytes, decode_tail: bytes, workspace: 
         workspace + COUNTER_BYTES,
         workspace,
     )
-    return np.void(pack(operands, tail).tobytes() + head + decode_tail)
+    return pack(operands, tail) + head + decode_tail
 
 
 APPEND_POINTERS = struct.Struct("<12Qq")
@@ -129,7 +127,7 @@ def append_scalars(append: Append) -> bytes:
     )
 
 
-def pack_append(operands: AppendOperands, tail: bytes) -> np.void:
+def pack_append(operands: AppendOperands, tail: bytes) -> bytes:
     """The kernel argument of an append."""
     o = operands
     head = APPEND_POINTERS.pack(
@@ -147,4 +145,4 @@ def pack_append(operands: AppendOperands, tail: bytes) -> np.void:
         o.v_scale.pointer if o.v_scale is not None else 0,
         o.uniform_length or 0,
     )
-    return np.void(head + tail)
+    return head + tail

@@ -5,8 +5,6 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .. import jit
 from ..plan import plan_rotary
 from .launch import describe_device, enqueue
@@ -59,7 +57,7 @@ class PreparedRotary:
         offsets: View | None,
         uniform_offset: int,
         cu_seqlens: View | None,
-    ) -> np.void:
+    ) -> bytes:
         """The kernel's argument."""
         head = _POINTERS.pack(
             x.pointer,
@@ -70,7 +68,7 @@ class PreparedRotary:
             cu_seqlens.pointer if cu_seqlens is not None else 0,
             uniform_offset,
         )
-        return np.void(head + self._tail)
+        return head + self._tail
 
 
 def prepare_rotary(rotation: Rotation, device: int) -> PreparedRotary:

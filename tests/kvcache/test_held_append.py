@@ -76,7 +76,7 @@ def test_each_launch_takes_the_new_rows_and_the_indices_of_that_moment(rng, driv
         form, stream, argument, inline = driver.launches[-1]
         _, grid, threads = plan_append(append.append)
         assert form == (FUNCTION, grid, 1, 1, threads, 1, 1, 0, 0) and stream == 77 + i
-        assert argument == params.pack_append(operands, params.append_scalars(append.append)).tobytes()
+        assert argument == params.pack_append(operands, params.append_scalars(append.append))
         found = np.frombuffer(inline, np.int32)
         assert found[: 2 * batch].tolist() == expected.tolist() and not found[2 * batch :].any()
         assert len(found) in INLINE_CAPACITIES and len(found) >= 2 * batch
