@@ -296,6 +296,7 @@ HOPPER_TILES = (
     ),
 )
 PART_THREADS = 256  # of a block, in kernels where one thread works on part of a row
+_MOST_DOWN = 65535  # blocks of a grid in its second direction, which CUDA allows
 COPY_WORDS = 4 * PART_THREADS  # of keys, and as many of values, that a thread block of a copy moves
 INLINE_CAPACITIES = (64, 256, 928)  # indices of an append that fit the 4 KB of a kernel's argument
 MERGE_CAPACITIES = (8, 64, 200)  # states: room for their addresses in the 4 KB of a kernel's argument
@@ -855,6 +856,16 @@ def plan_copy(tokens: int, layers: int, heads: int, head_bytes: int) -> tuple[De
 def plan_write(entries: int) -> tuple[Defines, int, int]:
     """Compile-time values, grid and threads of writing single entries of an array."""
     return (("THREADS", PART_THREADS),), _ceil_div(entries, PART_THREADS), PART_THREADS
+
+
+def plan_read_indices(indices: int) -> tuple[Defines, int, int]:
+    """Compile-time values, grid and threads of reading so many indices."""
+    return (("THREADS", PART_THREADS),), _ceil_div(indices, PART_THREADS), PART_THREADS
+
+
+def plan_fill_table(batch: int, widest: int) -> tuple[Defines, tuple[int, int], int]:
+    """The same of making a block table, of at most `widest` page ids in a row, from the same file."""
+    return (("THREADS", PART_THREADS),), (batch, min(_ceil_div(widest, PART_THREADS), _MOST_DOWN)), PART_THREADS
 
 
 def _parts(head_dim: int, aligned: int, rotary: Rotary | None = None, head_dim_v: int = 0) -> tuple[int, int]:

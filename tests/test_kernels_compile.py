@@ -18,6 +18,7 @@ from cupyattn.plan import (
     plan,
     plan_append,
     plan_copy,
+    plan_fill_table,
     plan_merge,
     plan_rotary,
     plan_write,
@@ -351,6 +352,7 @@ def test_copy_and_write_kernels(arch):
     for head_bytes in (256, 24, 20, 6, 65):
         _compile_kernel("copy_rows", plan_copy(100, 2, 8, head_bytes)[0], arch)
     _compile_kernel("write_entries", plan_write(16)[0], arch)
+    _compile_kernel("page_table", plan_fill_table(8, 32)[0], arch)
 
 
 @pytest.mark.parametrize("alignment", [16, 4, 1])

@@ -300,6 +300,22 @@ def test_plans_one_after_another(rng, lib):
 
 
 @over_libs()
+def test_plans_of_one_query_and_of_several_in_turn(rng, lib):
+    """Single queries need no axis of their own, several do; arrays to write into are of the caller's form in both."""
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())
+    p = paged(rng, [5, 33, 17], 16)
+    for queries in (1, 2, 1, 3):
+        q = normal(rng, (3 * queries, 8, 64), "float32")
+        wrapper.plan(*lib.put(p.table), 8, 2, 64, 16, q_data_type="float32", q_len_per_req=queries)
+        out, lse = lib.put(np.full(q.shape, np.nan, np.float32)), lib.put(np.full(q.shape[:2], np.nan, np.float32))
+        assert wrapper.run(lib.put(q), p.cache(lib), out=out, lse=lse, return_lse=True)[1] is lse
+        check_base2(expect(p, q, queries), lib.get(out), lib.get(lse), "float32")
+        made, base2 = map(lib.get, wrapper.run(lib.put(q), p.cache(lib), return_lse=True))
+        assert made.tobytes() == lib.get(out).tobytes() and base2.tobytes() == lib.get(lse).tobytes()
+        assert made.flags.c_contiguous and base2.flags.c_contiguous
+
+
+@over_libs()
 def test_tables_that_grow_over_one_pool(rng, lib):
     """The arrays of the runs are as before, and only the block table is wider."""
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())

@@ -462,6 +462,85 @@ def test_ragged_plans_one_after_another(rng, lib):
 # --------------------------------------------------------------------------------------------------- plans and graphs
 
 
+PLANS = [  # queries and keys of one plan after another; what they share with those before, they go on with
+    ([3, 0, 7, 1], [10, 4, 33, 17]),
+    ([1, 2, 5, 3], [12, 3, 50, 9]),  # as many rows in another split, over other pages
+    ([1, 2, 8, 3], [12, 3, 50, 9]),  # more rows
+    ([2, 2, 2, 2], [40, 5, 6, 7]),  # as many queries of each
+    ([1, 1, 1, 1], [41, 6, 7, 8]),
+    ([4, 7], [100, 20]),  # another batch, and a wider table
+    ([3, 0, 7, 1], [10, 4, 33, 17]),
+]
+
+
+@over_libs()
+@pytest.mark.parametrize("here", ["none", "all", "every other time", "qo_indptr", "all but qo_indptr", "page ids"])
+def test_plans_one_after_another(rng, lib, here):
+    """Each run is of the last plan, wherever its index arrays lie: beside the workspace, or those named on the host."""
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(lib.workspace())
+    on_host = {"none": (), "qo_indptr": (0,), "all but qo_indptr": (1, 2, 3), "page ids": (2,)}.get(here, (0, 1, 2, 3))
+    for i, (queries, lengths) in enumerate(PLANS):
+        p, q = paged(rng, lengths, 16), normal(rng, (sum(queries), 8, 64), "float32")
+        stay = () if here == "every other time" and i % 2 else on_host
+        table = [x if j in stay else lib.put(x) for j, x in enumerate((starts(queries), *p.table))]
+        wrapper.plan(*table, 8, 2, 64, 16, causal=True, q_data_type="float32")
+        for _ in range(2):
+            out, lse = wrapper.run(lib.put(q), p.cache(lib), return_lse=True)
+            check_base2(expect(p, q, queries, causal=True), lib.get(out), lib.get(lse), "float32")
+
+
+@over_libs()
+@pytest.mark.parametrize("queries", [QUERIES, EVEN], ids=["uneven", "even"])
+@pytest.mark.parametrize("host", [True, False], ids=["on the host", "beside the workspace"])
+def test_a_refused_plan_leaves_the_one_before_in_force(rng, lib, queries, host):
+    """Whatever is wrong: with the queries, with the pages, or between the two; early or late."""
+    p, q = paged(rng, LENGTHS, 16), normal(rng, (sum(queries), 8, 64), "float32")
+    put = (lambda x: x) if host else lib.put
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(lib.workspace())
+    options = {"causal": True, "q_data_type": "float32"}
+    wrapper.plan(put(starts(queries)), *put(p.table), 8, 2, 64, 16, **options)
+    other, broken = paged(rng, [9, 8, 7, 20], 16), np.array([1, 17, 2, 1], np.int32)
+    own = {"block_tables": lib.put(np.zeros((4, 8), np.int32)), "pos_encoding_mode": "ROPE_LLAMA"}
+    refused = [
+        ((np.array([0, 3, 2, 9, 11], np.int32), *other.table), {}, "qo_indptr: got 3 followed by 2 at .2."),
+        ((starts([1, 2, 1]), *other.table), {}, "qo_indptr: got 4 entries, expected 5"),
+        ((starts(EVEN), *other.table[:2], broken), {}, "paged_kv_last_page_len: got 17 for sequence 1"),
+        ((starts(EVEN), *other.table), {"block_tables": lib.put(np.zeros((3, 8), np.int32))}, "block_tables: got"),
+        ((starts(EVEN), *other.table), own, "block_tables: got an array, expected None beside ROPE_LLAMA"),
+    ]
+    for table, more, message in refused:
+        with pytest.raises(ValueError, match=message):
+            wrapper.plan(*map(put, table), 8, 2, 64, 16, **options, **more)
+        out, lse = wrapper.run(lib.put(q), p.cache(lib), return_lse=True)
+        check_base2(expect(p, q, queries, causal=True), lib.get(out), lib.get(lse), "float32")
+
+
+@over_libs()
+@pytest.mark.parametrize("layout", ["NH", "HN"])
+@pytest.mark.parametrize("base", ["log2", "ln"])
+def test_the_lse_is_a_new_contiguous_array(rng, lib, layout, base):
+    p, q = paged(rng, LENGTHS, 16), normal(rng, (sum(QUERIES), 8, 64), "float32")
+    wrapper = planned(lib, p, q, QUERIES, causal=True)
+    results = [
+        wrapper.run(lib.put(q), p.cache(lib), return_lse=True, lse_base=base, lse_layout=layout) for _ in range(2)
+    ]
+    first, second = (lib.get(lse) for _, lse in results)
+    assert first.flags.c_contiguous
+    assert first.shape == ((8, len(q)) if layout == "HN" else (len(q), 8))
+    assert first.tobytes() == second.tobytes()
+    expected = expect(p, q, QUERIES, causal=True).lse * (LOG2E if base == "log2" else 1)
+    np.testing.assert_allclose(first if layout == "HN" else first.T, expected, rtol=1e-5)
+
+
+@over_libs()
+def test_run_refuses_what_is_not_done_whatever_its_type(rng, lib):
+    p, q = paged(rng, LENGTHS, 16), normal(rng, (sum(QUERIES), 8, 64), "float32")
+    wrapper = planned(lib, p, q, QUERIES)
+    for given in ({"kv_cache_sf": lib.put(np.ones(3, np.float32))}, {"use_fp16_softmax": True}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(given))}: got a value, expected None"):
+            wrapper.run(lib.put(q), p.cache(lib), **given)
+
+
 @over_libs()
 def test_older_calls(rng, lib):
     p, q = paged(rng, LENGTHS, 16), normal(rng, (sum(QUERIES), 8, 64), "float32")

@@ -1,7 +1,8 @@
 """`BlockTables` on a device of pretence: what it sends there, and what it has put in place there, make the right table.
 
-The device's memory is NumPy's, a transfer is a copy, and the launch that scatters page ids is done in Python. On a
-real device the wrappers' own tests compare what attention reads; here every way to write is seen without one.
+The device's memory is NumPy's, a transfer is a copy, and the launches that make a table there and read index arrays
+are done in Python. On a real device the wrappers' own tests compare what attention reads; here every way to write is
+seen without one.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupyattn.arrays import view
-from cupyattn.compat.flashinfer.pages import BlockTables, Names, Pages
+from cupyattn.arrays import View, view
+from cupyattn.compat.flashinfer.library import library_at
+from cupyattn.compat.flashinfer.pages import BlockTables, Names, Pages, read_pages
 
 PAGE = 4
 UNTOUCHED = -77
@@ -44,25 +46,58 @@ def _at(address: int, count: int) -> np.ndarray:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many entries each launch wrote."""
-    counts = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each launch made."""
+    made = []
 
-    def write_entries(device: int, array: int, index: int, value: int, count: int, stream: int) -> None:
-        places = _at(index, count)
-        _at(array, int(places.max()) + 1)[places] = _at(value, count)
-        counts.append(count)
+    def fill_table(
+        device: int,
+        stream: int,
+        starts: int,
+        ids: int,
+        last: int,
+        table: int,
+        lengths: int,
+        *,
+        batch: int,
+        columns: int,
+        widest: int,
+        page_size: int,
+    ) -> None:
+        ends = _at(starts, batch + 1)
+        assert np.diff(ends).max() == widest <= columns
+        for b, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+            _at(table + 4 * b * columns, columns)[: end - first] = _at(ids, ends[-1])[first:end]
+            if last:
+                _at(lengths, batch)[b] = (end - first - 1) * page_size + _at(last, batch)[b] if end > first else 0
+        made.append("table and lengths" if last else "table")
 
-    monkeypatch.setattr("cupyattn.kernels.copy_rows.write_entries", write_entries)
-    return counts
+    monkeypatch.setattr("cupyattn.compat.flashinfer.pages.fill_table", fill_table)
+    return made
 
 
-def _pages(counts: list[int], known: bool, seed: int = 0, **more: Any) -> Pages:
-    starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    ids = np.random.default_rng(seed).permutation(1000)[: starts[-1]].astype(np.int32)
-    held = view(ids) if known else replace(view(ids), device=0)
-    numbers = np.asarray(counts, np.int64)
-    return Pages(starts, numbers, numbers * PAGE, PAGE, held, Names(), known, **more)
+IDS = ["on the host", "on the device", "all on the device"]  # the page ids, or the whole page table
+
+
+def _pages(counts: list[int], where: str, seed: int = 0, **more: Any) -> Pages:
+    rng = np.random.default_rng(seed)
+    starts, counts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), np.asarray(counts, np.int64)
+    ids, last = rng.permutation(1000)[: starts[-1]].astype(np.int32), rng.integers(1, PAGE + 1, len(counts))
+    if where != "on the host":
+        more |= {"known": False}
+        ids = _on_device(ids)
+    if where == "all on the device":
+        more |= {"there": (_on_device(starts.astype(np.int32)), _on_device(last.astype(np.int32)))}
+    return Pages(starts, counts, PAGE, ids, Names(), last, **more)
+
+
+def _on_device(array: np.ndarray) -> View:
+    """As `view` finds a CuPy array."""
+    return replace(view(array), device=0, library="cupy")
+
+
+def _ids(pages: Pages) -> np.ndarray:
+    return pages.indices if isinstance(pages.indices, np.ndarray) else pages.indices.array
 
 
 def _check(tables: BlockTables, pages: Pages, ids: np.ndarray) -> None:
@@ -71,9 +106,9 @@ def _check(tables: BlockTables, pages: Pages, ids: np.ndarray) -> None:
         np.testing.assert_array_equal(row[:count], ids[start : start + count])
 
 
-def _write(tables: BlockTables, pages: Pages) -> None:
+def _write(tables: BlockTables, pages: Pages, query_starts: np.ndarray | None = None) -> None:
     tables.make_room(pages)
-    tables.write(pages)
+    tables.write(pages, query_starts)
 
 
 COUNTS = [
@@ -86,47 +121,123 @@ COUNTS = [
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("known", [True, False], ids=["known ids", "ids on the device"])
+@pytest.mark.parametrize("where", IDS)
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+@pytest.mark.parametrize("packed", [True, False], ids=["with starts of queries", "without"])
 def test_tables_on_a_device_hold_every_sequences_pages(
-    counts: list[int], known: bool, fixed: bool, launches: list[int]
+    counts: list[int], where: str, fixed: bool, packed: bool, launches: list[str]
 ) -> None:
     most = 20
     tables = BlockTables(PretendDevice(), (len(counts), most, most) if fixed else None)
+    query_starts = np.arange(len(counts) + 1, dtype=np.int64) * 3 if packed else None
     for seed in range(2):
-        pages = _pages(counts, known, seed)
-        _write(tables, pages)
-        _check(tables, pages, _at(pages.indices.pointer, pages.total) if pages.total else np.empty(0, np.int32))
-        assert len(tables.library.sent) == seed + 1, "one transfer for each plan"
-    scattered = pages.total and (fixed or not known)
-    assert launches == ([pages.total] * 2 if scattered else [])
+        pages = _pages(counts, where, seed)
+        _write(tables, pages, query_starts)
+        _check(tables, pages, _ids(pages))
+        if packed:
+            np.testing.assert_array_equal(tables.query_starts, query_starts)
+    there = where == "all on the device" and pages.total
+    assert len(tables.library.sent) == (0 if there and not packed else 2), "at most one transfer for each plan"
+    made = [] if not pages.total or (where == "on the host" and not fixed) else ["table"]
+    assert launches == 2 * (["table and lengths"] if there else made)
 
 
-def test_a_fixed_table_is_not_sent_whole(launches: list[int]) -> None:
+def test_a_fixed_table_is_not_sent_whole(launches: list[str]) -> None:
     columns = 4096
     tables = BlockTables(PretendDevice(), (3, columns, columns))
-    _write(tables, _pages([3, 1, 2], known=True))
-    assert tables.library.sent == [4 * (6 + 6 + 3)]  # ids, their places, lengths
-    assert launches == [6]
+    _write(tables, _pages([3, 1, 2], "on the host"))
+    assert tables.library.sent == [4 * (6 + 4 + 4 + 4)]  # ids, starts of pages and of queries, lengths
+    assert launches == ["table"]
 
 
-def test_plans_of_one_form_write_to_one_place(launches: list[int]) -> None:
+def test_plans_of_one_form_write_to_one_place(launches: list[str]) -> None:
     tables = BlockTables(PretendDevice())
-    _write(tables, _pages([3, 4], known=True))
-    table, lengths = tables.table, tables.lengths
-    _write(tables, _pages([4, 1], known=False, seed=1))
-    assert tables.table is table
-    assert tables.lengths is lengths
-    _write(tables, _pages([5, 1], known=True))
+    _write(tables, _pages([3, 4], "on the host"))
+    held = tables.table, tables.lengths, tables.query_starts
+    for where in ("on the device", "all on the device", "on the host"):
+        pages = _pages([4, 1], where, seed=1)
+        _write(tables, pages)
+        _check(tables, pages, _ids(pages))
+        assert all(one is other for one, other in zip(held, _arrays(tables), strict=True))
+    _write(tables, _pages([5, 1], "on the host"))
     assert tables.table.shape == (2, 8)
 
 
-def test_beside_a_table_of_the_callers_only_lengths_are_sent(launches: list[int]) -> None:
+def _arrays(tables: BlockTables) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return tables.table, tables.lengths, tables.query_starts
+
+
+def test_beside_a_table_of_the_callers_only_lengths_are_sent(launches: list[str]) -> None:
     own = np.arange(6, dtype=np.int32).reshape(2, 3)
-    tables, pages = BlockTables(PretendDevice()), _pages([3, 2], known=False, own_table=True)
+    tables, pages = BlockTables(PretendDevice()), _pages([3, 2], "all on the device", own_table=True)
     tables.make_room(pages, own)
     tables.write(pages)
     assert tables.table is own
     np.testing.assert_array_equal(tables.lengths, pages.lengths)
-    assert tables.library.sent == [4 * 2]
+    assert tables.library.sent == [4 * 4]
     assert not launches
+
+
+@pytest.mark.parametrize("lengths", ["of last pages", "given"])
+@pytest.mark.parametrize("here", [(), (0,), (1,), (0, 1), (2,), (0, 1, 2)], ids=str)
+def test_page_tables_that_lie_here_and_there(
+    here: tuple[int, ...], lengths: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any of indptr, indices and last_page_len on the host, the others on the device, one launch reading those."""
+    reads = []
+
+    def read_indices(device: int, stream: int, addresses: list[int], ends: list[int], target: int) -> None:
+        for address, first, end in zip(addresses, [0, *ends], ends, strict=False):
+            _at(target + 4 * first, end - first)[:] = _at(address, end - first)
+        reads.append(len(addresses))
+
+    class Runtime:
+        streamSynchronize = staticmethod(lambda stream: None)
+
+    class Room:
+        array = np.zeros(64, np.int32)
+        address = array.ctypes.data
+
+        def of(self, size: int) -> np.ndarray:
+            return self.array
+
+    module = "cupyattn.compat.flashinfer.pages"
+    monkeypatch.setattr(f"{module}.read_indices", read_indices)
+    monkeypatch.setattr(f"{module}.cuda_runtime", lambda: Runtime)
+    monkeypatch.setattr(f"{module}.current_stream", lambda found: 0)
+    monkeypatch.setattr(f"{module}._room", Room())
+    table = [np.array(x, np.int32) for x in ([0, 3, 3, 5], [9, 8, 7, 6, 5, 4], [2, 77, 4])]
+    given = None if lengths == "of last pages" else _on_device(np.array([4, 0, 5], np.int32))
+    arrays = [x if i in here else _on_device(x) for i, x in enumerate(table)]
+    pages = read_pages(*arrays, PAGE, 0, Names(), given)
+    np.testing.assert_array_equal(pages.lengths, [10, 0, 8] if given is None else [4, 0, 5])
+    tables = BlockTables(PretendDevice())
+    _write(tables, pages)
+    _check(tables, pages, table[1])
+    to_read = sum(i not in here for i in (0, 2)) + (given is not None)
+    assert reads == ([to_read] if to_read else [])
+    assert (pages.there is not None) == (not {0, 2} & set(here) and given is None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+@pytest.mark.parametrize("here", [(), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_many_and_long_sequences_on_a_gpu(fixed: bool, here: tuple[int, ...]) -> None:
+    """More than a thread block has threads of either, through the kernels themselves."""
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    counts = np.append(rng.integers(0, 40, 600), [1000, 0, 257])
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    table = starts, rng.permutation(starts[-1]).astype(np.int32), rng.integers(1, PAGE + 1, len(counts), np.int32)
+    arrays = [x if i in here else cupy.asarray(x) for i, x in enumerate(table)]
+    library = library_at(cupy.empty(1), "array")
+    pages = read_pages(*arrays, PAGE, library.device, Names())
+    tables = BlockTables(library, (len(counts), 1100, len(table[1])) if fixed else None)
+    query_starts = np.arange(len(counts) + 1, dtype=np.int64)
+    for sent in (None, query_starts):
+        _write(tables, pages, sent)
+        np.testing.assert_array_equal(tables.lengths.get(), np.where(counts, (counts - 1) * PAGE + table[2], 0))
+        held = tables.table.get()
+        for row, start, end in zip(held, starts, starts[1:], strict=False):
+            np.testing.assert_array_equal(row[: end - start], table[1][start:end])
+    np.testing.assert_array_equal(tables.query_starts.get(), query_starts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -42,10 +42,17 @@ class Library:
         if self.device < 0:
             return self.xp.from_numpy(host) if self.name == "torch" else host
         made = self.empty(host.shape, host.dtype.name)
-        found = view(made)
-        with device_of(found):
-            self.send(host.ctypes.data, found.pointer, host.nbytes)
+        self.write(made, host)
         return made
+
+    def write(self, target: Array, host: np.ndarray) -> None:
+        """Write the numbers of a contiguous NumPy array into a contiguous one here, of that shape and dtype."""
+        found = view(target)
+        if self.device < 0:
+            host_array(found)[...] = host
+        else:
+            with device_of(found):
+                self.send(host.ctypes.data, found.pointer, host.nbytes)
 
     def send(self, host: int, target: int, size: int) -> None:
         """Copy so many bytes of the host's to a device address, in the order of the current stream.
@@ -54,9 +61,7 @@ class Library:
         device for. The device is the current one.
         """
         if size:
-            import cupy
-
-            runtime = cupy.cuda.runtime
+            runtime = cuda_runtime()
             runtime.memcpyAsync(target, host, size, runtime.memcpyHostToDevice, self.stream)
 
     @property
@@ -101,6 +106,10 @@ class Library:
             return array.to(getattr(self.xp, dtype))
         return array.astype(numpy_dtype(dtype), copy=False)
 
+    def is_contiguous(self, array: Array) -> bool:
+        """Whether it is C-contiguous."""
+        return array.is_contiguous() if self.name == "torch" else array.flags.c_contiguous
+
     def contiguous(self, array: Array) -> Array:
         """The array itself if it is C-contiguous, else a copy that is."""
         return array.contiguous() if self.name == "torch" else self.xp.ascontiguousarray(array)
@@ -111,6 +120,14 @@ class Library:
             return self.xp.as_strided(array, shape, strides, array.storage_offset())
         steps = tuple([step * array.itemsize for step in strides])
         return self.xp.lib.stride_tricks.as_strided(array, shape, steps)
+
+
+@cache
+def cuda_runtime() -> ModuleType:
+    """CuPy's calls of the CUDA runtime."""
+    import cupy
+
+    return cupy.cuda.runtime
 
 
 @lru_cache(maxsize=64)

@@ -28,7 +28,7 @@ def deliver_lse(
 
     Args:
         library: of the arrays.
-        lse: float32 (rows, heads), any strides.
+        lse: float32 (rows, heads), any strides; nobody else's, so that it may be what is returned.
         base: "log2" or "ln".
         layout: "NH" for (rows, heads), "HN" for (heads, rows).
         target: an array of that shape to write into, or None.
@@ -36,7 +36,12 @@ def deliver_lse(
     """
     if shift is not None:
         lse = lse + shift
-    return scaled(library, lse if layout == "NH" else lse.T, LOG2E if base == "log2" else 1.0, target)
+    if layout == "HN":
+        lse = lse.T
+    factor = LOG2E if base == "log2" else 1.0
+    if target is None and library.is_contiguous(lse):
+        target = lse
+    return lse if target is lse and factor == 1 else scaled(library, lse, factor, target)
 
 
 def check_target(lse: Array, shape: tuple[int, int], library: Library) -> None:

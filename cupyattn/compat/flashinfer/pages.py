@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from ...arrays import View, current_stream, device_name, host_array, refuse, view
 from ...attention import checking
+from ...kernels.page_table import fill_table, read_indices
 from .arguments import Options, check_int
-from .library import Array, Library
+from .library import Array, Library, cuda_runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,42 +32,52 @@ _LARGE_TABLE = 1 << 26  # elements of int32
 APPEND_NAMES = Names("kv_indptr", "kv_indices", "kv_last_page_len")
 
 
+IndexArray = "np.ndarray | View"
+"""int32 (n,), contiguous: a NumPy array on the host, or the view of an array on the device."""
+
+
 @dataclass(slots=True)
 class Pages:
     """Which pages hold which sequence. The host knows how many, and which ones if `indices` came to it."""
 
     starts: np.ndarray  # int64 (batch + 1,): sequence b has entries starts[b] to starts[b + 1] of indices
     counts: np.ndarray  # int64 (batch,): pages of each sequence
-    lengths: np.ndarray  # int64 (batch,): tokens of each sequence
     page_size: int
-    indices: View  # int32 (starts[-1],) or more page ids
+    indices: IndexArray  # int32 (starts[-1],) or more page ids
     names: Names
+    last: np.ndarray | None = None  # int64 (batch,): tokens in each last page, of any number where there is no page
+    tokens: np.ndarray | None = None  # int64 (batch,): of each sequence; what `last` comes to, once somebody asks
     known: bool = True  # the ids count, and are on the host, or read because CUPYATTN_CHECK asks for it
     own_table: bool = False  # the caller gave a block table, which is read instead of indices
+    there: tuple[View, View] | None = None  # indptr and last_page_len, where both are on the device and say the lengths
+    batch: int = field(init=False)
+    total: int = field(init=False)  # pages of all sequences
+    widest: int = field(init=False)  # pages of the sequence that has most
+
+    def __post_init__(self) -> None:
+        self.batch, self.total, self.widest = len(self.counts), int(self.starts[-1]), largest(self.counts)
 
     @property
-    def batch(self) -> int:
-        return len(self.counts)
-
-    @property
-    def total(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def widest(self) -> int:
-        """Pages of the sequence that has most."""
-        return int(np.maximum.reduce(self.counts, initial=0))
+    def lengths(self) -> np.ndarray:
+        """int64 (batch,): tokens of each sequence."""
+        if self.tokens is None:
+            self.tokens = tokens = (self.counts - 1) * self.page_size
+            tokens += self.last
+            if np.count_nonzero(self.counts) != self.batch:
+                tokens[self.counts == 0] = 0
+        return self.tokens
 
     def ids(self) -> np.ndarray:
         """int32 (total,) page ids; waits for the device if they are there."""
         if self.own_table:
             refuse("block_tables", "an array", "None beside ROPE_LLAMA and custom masks, which go by the page ids")
-        return host_array(self.indices)[: self.total]
+        indices = self.indices
+        return (indices if type(indices) is np.ndarray else host_array(indices))[: self.total]
 
     @property
     def needed(self) -> int:
         """Pages that a cache must have by the ids that are known, or more than there can be if one is negative."""
-        return int(np.maximum.reduce(self.ids().view(np.uint32))) + 1 if self.known and self.total else 0
+        return largest(self.ids().view(np.uint32)) + 1 if self.known and self.total else 0
 
     def check_ids(self, num_pages: int) -> None:
         """Refuse a page that the cache does not have, where the ids are known."""
@@ -76,44 +89,45 @@ class Pages:
         expected = f"0 to {num_pages - 1}, as the cache has {num_pages} pages" if num_pages else "a cache with pages"
         refuse(self.names.indices, f"page {int(ids[at])} at [{at}], of sequence {owner}", expected)
 
-    def used(self, width: int) -> np.ndarray:
-        """bool (batch, width): which entries of a table of so many columns are pages, in the order of indices."""
-        return np.arange(width) < self.counts[:, None]
+
+def largest(numbers: np.ndarray) -> int:
+    """The largest of integers (n,) that are not negative; 0 if there are none."""
+    return int(numbers[numbers.argmax()]) if len(numbers) else 0  # half the time of max() for few numbers
 
 
 @dataclass(slots=True)
-class PageViews:
+class PageArrays:
     """The arrays of a page table, of the right forms; their contents have not been looked at."""
 
-    starts: View
-    ids: View
-    last: View
+    starts: IndexArray
+    ids: IndexArray
+    last: IndexArray
     names: Names
-    lengths: View | None  # of each sequence, if not what the others say
+    lengths: IndexArray | None  # of each sequence, if not what the others say
 
     @property
-    def to_read(self) -> list[View]:
+    def to_read(self) -> list[IndexArray]:
         """What the host must know: all but the ids."""
         return [self.starts, self.last] if self.lengths is None else [self.starts, self.last, self.lengths]
 
     def pages(self, page_size: int, starts: np.ndarray, last: np.ndarray, lengths: np.ndarray | None = None) -> Pages:
         """The page table, from what the arrays to be read hold, int64; refused by the names of the arguments."""
-        names, batch, entries = self.names, len(last), self.ids.shape[0]
+        names, entries = self.names, self.ids.shape[0]
         counts = check_starts(names.indptr, starts, entries, f"{names.indices} has {entries} entries")
-        inside = last.view(np.uint64) - 1 < page_size  # 0 wraps around
-        if np.count_nonzero(inside) != batch:
-            _refuse_last_page(names, last, (counts > 0) & ~inside, page_size)
+        if len(last) and (last[last.argmin()] < 1 or last[last.argmax()] > page_size):
+            _check_last_pages(names, last, counts, page_size)
         if lengths is not None:
             _check_lengths(lengths, counts * page_size)
-        else:
-            lengths = (counts - 1) * page_size + last
-            if np.count_nonzero(counts) != batch:
-                lengths[counts == 0] = 0
-        return Pages(starts, counts, lengths, page_size, self.ids, names, checking(None, self.ids.device))
+        there = None
+        if lengths is None and type(self.starts) is View and type(self.last) is View:
+            there = self.starts, self.last
+        known = type(self.ids) is np.ndarray or checking(None, self.ids.device)
+        return Pages(starts, counts, page_size, self.ids, names, last, lengths, known, there=there)
 
 
-def _refuse_last_page(names: Names, last: np.ndarray, wrong: np.ndarray, page_size: int) -> None:
+def _check_last_pages(names: Names, last: np.ndarray, counts: np.ndarray, page_size: int) -> None:
     """Refuse what sequences with pages must not have; others may have anything."""
+    wrong = (counts > 0) & ((last < 1) | (last > page_size))
     if wrong.any():
         at = int(np.argmax(wrong))
         expected = f"1 to page_size {page_size}: a last page is never empty, and a full one has page_size tokens"
@@ -130,7 +144,7 @@ def _check_lengths(lengths: np.ndarray, capacity: np.ndarray) -> None:
 
 def look_at_pages(
     indptr: Array, indices: Array, last_page_len: Array, device: int, names: Names, seq_lens: Array | None = None
-) -> PageViews:
+) -> PageArrays:
     """The arrays of a page table, refused by the names of the arguments where their forms are wrong.
 
     Args:
@@ -141,16 +155,16 @@ def look_at_pages(
         names: of the three arguments.
         seq_lens: int32 (batch,) tokens of each sequence, if not what the three say.
     """
-    starts = index_view(names.indptr, indptr, device)
-    ids = index_view(names.indices, indices, device)
-    last = index_view(names.last_page_len, last_page_len, device)
+    starts = index_array(names.indptr, indptr, device)
+    ids = index_array(names.indices, indices, device)
+    last = index_array(names.last_page_len, last_page_len, device)
     batch = last.shape[0]
     if starts.shape[0] != batch + 1:
         refuse(names.indptr, f"{starts.shape[0]} entries", f"{batch + 1}: one more than {names.last_page_len} has")
-    lengths = None if seq_lens is None else index_view("seq_lens", seq_lens, device)
+    lengths = None if seq_lens is None else index_array("seq_lens", seq_lens, device)
     if lengths is not None and lengths.shape[0] != batch:
         refuse("seq_lens", f"{lengths.shape[0]} entries", f"{batch}, one for each sequence")
-    return PageViews(starts, ids, last, names, lengths)
+    return PageArrays(starts, ids, last, names, lengths)
 
 
 def read_pages(
@@ -178,6 +192,17 @@ def read_pages(
     return found.pages(page_size, *read_together(found.to_read))
 
 
+_INT32 = np.dtype(np.int32)
+
+
+def index_array(name: str, array: Array, device: int) -> IndexArray:
+    """An int32 array (n,) on the host or on the wrapper's device."""
+    if type(array) is np.ndarray and array.dtype is _INT32 and array.ndim == 1 and array.flags.c_contiguous:
+        return array  # as nearly all that come on the host are; a view of them would cost several times as much
+    found = index_view(name, array, device)
+    return found if found.device >= 0 else host_array(found)
+
+
 def index_view(name: str, array: Array, device: int, wide: bool = False) -> View:
     """The view of an int32 array (n,), or with `wide` an int64 one too, on the host, or on the wrapper's device."""
     found = view(array, name)
@@ -200,9 +225,8 @@ def check_starts(name: str, starts: np.ndarray, most: int, because: str) -> np.n
     if starts[0] != 0:
         refuse(name, f"{int(starts[0])} as its first entry", "0: cumulative counts, as in [0, 4, 10]")
     counts = starts[1:] - starts[:-1]
-    falls = counts < 0
-    if np.count_nonzero(falls):
-        at = int(np.argmax(falls))
+    if len(counts) and counts[counts.argmin()] < 0:
+        at = int(np.argmax(counts < 0))
         got = f"{int(starts[at])} followed by {int(starts[at + 1])} at [{at + 1}]"
         refuse(name, got, "entries that never decrease")
     if starts[-1] > most:
@@ -210,13 +234,19 @@ def check_starts(name: str, starts: np.ndarray, most: int, because: str) -> np.n
     return counts
 
 
-def read_together(views: Sequence[View]) -> list[np.ndarray]:
-    """int64 host arrays of int32 arrays (n,); those of one library on a device are waited for once."""
-    on_device = [found for found in views if found.device >= 0]
-    if not on_device or {found.library for found in on_device} not in ({"cupy"}, {"torch"}):
-        return [host_array(found).astype(np.int64) for found in views]
-    read = iter(_read_from_device(on_device))
-    return [next(read) if found.device >= 0 else host_array(found).astype(np.int64) for found in views]
+def read_together(arrays: Sequence[IndexArray]) -> list[np.ndarray]:
+    """int64 host arrays of index arrays; those of one library on a device are waited for once."""
+    on_device = [array for array in arrays if type(array) is View]
+    if not on_device:
+        return [array.astype(np.int64) for array in arrays]
+    libraries = [found.library for found in on_device]
+    if libraries[0] not in ("cupy", "torch") or libraries.count(libraries[0]) != len(libraries):
+        return [(host_array(one) if type(one) is View else one).astype(np.int64) for one in arrays]
+    read = _read_from_device(on_device)
+    if len(read) == len(arrays):
+        return read
+    following = iter(read)
+    return [next(following) if type(array) is View else array.astype(np.int64) for array in arrays]
 
 
 class _Room(threading.local):
@@ -238,115 +268,144 @@ _room = _Room()
 
 
 def _read_from_device(views: Sequence[View]) -> list[np.ndarray]:
-    import cupy
+    """All of one library on one device, which is the current one."""
+    ends = list(accumulate([found.shape[0] for found in views]))
+    room, stream = _room.of(ends[-1]), current_stream(views[0])
+    if ends[-1]:
+        read_indices(views[0].device, stream, [found.pointer for found in views], ends, _room.address)
+    cuda_runtime().streamSynchronize(stream)
+    read = room[: ends[-1]].astype(np.int64)
+    return [read[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    runtime, stream = cupy.cuda.runtime, current_stream(views[0])
-    ends = [0, *accumulate(found.shape[0] for found in views)]
-    room = _room.of(ends[-1])
-    for found, start in zip(views, ends, strict=False):
-        if found.shape[0]:
-            place, size = _room.address + 4 * start, 4 * found.shape[0]
-            runtime.memcpyAsync(place, found.pointer, size, runtime.memcpyDeviceToHost, stream)
-    runtime.streamSynchronize(stream)
-    return [room[start:end].astype(np.int64) for start, end in zip(ends, ends[1:], strict=False)]
+
+class _Parts(NamedTuple):
+    """Where the parts of the array of `BlockTables` begin."""
+
+    ids: int
+    page_starts: int
+    query_starts: int
+    lengths: int
+    table: int
+    end: int
 
 
 class BlockTables:
-    """The block table and the lengths that runs read, beside the wrapper's arrays.
+    """The block table, the lengths, and where queries begin: what runs read, beside the wrapper's arrays.
 
     Every plan of as many sequences writes them to the same place, in the order of the current stream, as FlashInfer's
     plans write to its workspace. The table is as wide as a power of two, so that few forms occur.
 
-    They are the last parts of one array, which begins with room for the ids of pages and for their places in the table.
-    A mirror of it on the host says what goes there, in one transfer; on the CPU it is the array itself.
+    They are the last parts of one array, which begins with room for page ids, and for where those of each sequence
+    begin. A mirror of it on the host says what goes there, in one transfer; on the CPU it is the array itself. The
+    device itself puts a table together where the ids are there already, or where the table is too wide to be sent.
 
     Args:
         library: of the arrays.
         fixed: for CUDA graphs, whose arrays never move: (batch, columns, the most pages in all) of all plans.
     """
 
-    __slots__ = (
-        "library",
-        "table",
-        "lengths",
-        "_fixed",
-        "_form",
-        "_own",
-        "_address",
-        "_first",
-        "_table",
-        "_mirror",
-        "_mirrored",
-    )
+    __slots__ = ("library", "table", "lengths", "query_starts", "_fixed", "_form", "_own", "_first", "_address")
+    __slots__ += ("_mirror", "_mirrored", "_page_starts_here", "_query_starts_here", "_lengths_here", "_table_here")
 
     def __init__(self, library: Library, fixed: tuple[int, int, int] | None = None) -> None:
         self.library = library
         self.table: Array = None  # int32 (batch, columns)
         self.lengths: Array = None  # int32 (batch,)
+        self.query_starts: Array = None  # int32 (batch + 1,), where `write` is told them
         self._fixed = fixed is not None
         self._form: tuple[int, int] | None = None
         if fixed is not None:
-            batch, columns, most = fixed
-            self._allocate(batch, columns, 2 * most)
+            self._allocate(*fixed)
             self.table = self._own
 
     def make_room(self, pages: Pages, table: Array | None = None) -> None:
         """Say which arrays these pages will be in: the caller's own table, if there is one. The device is current."""
         if not self._fixed:
-            columns = 1 if table is not None else 1 << (max(pages.widest, 1) - 1).bit_length()
-            if self._form != (pages.batch, columns):
-                self._allocate(pages.batch, columns, pages.batch * columns)
+            form = pages.batch, 1 if table is not None else 1 << (max(pages.widest, 1) - 1).bit_length()
+            if self._form != form:
+                self._allocate(*form, 0)
         self.table = self._own if table is None else table
 
-    def _allocate(self, batch: int, columns: int, spare: int) -> None:
-        """A new array, with so much room before the lengths and the table."""
-        library, first = self.library, _rounded(spare)
-        self._table = table = first + _rounded(batch)
-        size = table + batch * columns
-        room = library.zeros((size,), "int32") if self._fixed else library.empty((size,), "int32")
-        self.lengths, self._own = room[first : first + batch], room[table:].reshape(batch, columns)
-        self._form, self._first, self._address = (batch, columns), first, view(room).pointer
+    def _allocate(self, batch: int, columns: int, most_ids: int) -> None:
+        """A new array."""
+        library, sizes = self.library, (most_ids, batch + 1, batch + 1, batch, batch * columns)
+        self._form, self._first = (batch, columns), _Parts(*accumulate(map(_rounded, sizes), initial=0))
+        first = self._first
+        room = (library.zeros if self._fixed else library.empty)((first.end,), "int32")
+        self._address = view(room).pointer
         if library.device < 0:
-            self._mirror = host_array(view(room))
+            mirror = host_array(view(room))
         else:  # of a fixed table there is none: it is as wide as any sequence can become
-            self._mirror = np.zeros(table if self._fixed else size, np.int32)
-        self._mirrored = self._mirror.ctypes.data
+            mirror = np.zeros(first.table if self._fixed else first.end, np.int32)
+        self._mirror, self._mirrored = mirror, mirror.ctypes.data
 
-    def write(self, pages: Pages) -> None:
-        """Make the arrays those of the pages that there is room for. The device is the current one."""
-        (batch, columns), first, mirror = self._form, self._first, self._mirror
-        mirror[first : first + batch] = pages.lengths
-        if self.table is not self._own:
-            self._send(first, first + batch)
-        elif pages.known and len(mirror) > self._table:
-            used, table = pages.used(columns), self._table
-            mirror[table:].reshape(batch, columns)[used] = pages.ids()
-            self._send(first, len(mirror))
-        elif not pages.total:
-            self._send(first, first + batch)
-        else:
-            self._scatter(pages)
+        def part(array: Array, start: int, size: int) -> Array:
+            return array[start : start + size]
 
-    def _scatter(self, pages: Pages) -> None:
-        """Send the lengths and the places of the ids, and the ids if the host has them; put these there on the device.
+        self.query_starts = part(room, first.query_starts, batch + 1)
+        self.lengths = part(room, first.lengths, batch)
+        self._own = part(room, first.table, batch * columns).reshape(batch, columns)
+        self._page_starts_here = part(mirror, first.page_starts, batch + 1)
+        self._query_starts_here = part(mirror, first.query_starts, batch + 1)
+        self._lengths_here = part(mirror, first.lengths, batch)
+        self._table_here = None
+        if len(mirror) == first.end:
+            self._table_here = part(mirror, first.table, batch * columns).reshape(batch, columns)
 
-        What no sequence reaches is never read.
+    def write(self, pages: Pages, query_starts: np.ndarray | None = None) -> None:
+        """Make the arrays those of the pages that there is room for. The device is the current one.
+
+        query_starts: int64 (batch + 1,), where the caller has not put them beside the arrays himself.
         """
-        from ...kernels.copy_rows import write_entries  # needs CuPy
+        first, own = self._first, self.table is self._own and pages.total
+        begin = first.lengths
+        if query_starts is not None:
+            begin = first.query_starts
+            self._query_starts_here[:] = query_starts
+        if own and not pages.known and pages.there is not None:
+            starts, last = pages.there
+            self._send(begin, first.lengths)
+            self._fill(pages, starts.pointer, pages.indices.pointer, last.pointer)
+            return
+        self._lengths_here[:] = pages.lengths
+        if not own:
+            self._send(begin, first.table)
+        elif pages.known and self._table_here is not None:
+            self._table_here[_numbers(self._form[1]) < pages.counts[:, None]] = pages.ids()
+            self._send(begin, first.end)
+        else:
+            self._send_and_fill(pages)
 
-        (batch, columns), mirror, total = self._form, self._mirror, pages.total
-        places = self._first - total
-        sent = places - total if pages.known else places
-        mirror[places : self._first] = _places(pages, columns)
+    def _send_and_fill(self, pages: Pages) -> None:
+        """Send all but the table, which the device makes of the rest, and of ids that are there already."""
+        starts = begin = self._first.page_starts
+        self._page_starts_here[:] = pages.starts
         if pages.known:
-            mirror[sent:places] = pages.ids()
-        self._send(sent, self._first + batch)
-        ids = self._address + 4 * sent if pages.known else pages.indices.pointer
-        table = self._address + 4 * self._table
-        write_entries(self.library.device, table, self._address + 4 * places, ids, total, self.library.stream)
+            begin -= pages.total
+            self._mirror[begin:starts] = pages.ids()
+        self._send(begin, self._first.table)
+        ids = self._address + 4 * begin if pages.known else pages.indices.pointer
+        self._fill(pages, self._address + 4 * starts, ids, 0)
+
+    def _fill(self, pages: Pages, starts: int, ids: int, last: int) -> None:
+        """The table of what is at these addresses; and the lengths, unless last is 0."""
+        library, (batch, columns) = self.library, self._form
+        fill_table(
+            library.device,
+            library.stream,
+            starts,
+            ids,
+            last,
+            self._address + 4 * self._first.table,
+            self._address + 4 * self._first.lengths,
+            batch=batch,
+            columns=columns,
+            widest=pages.widest,
+            page_size=pages.page_size,
+        )
 
     def _send(self, first: int, last: int) -> None:
-        if self.library.device >= 0:
+        if self.library.device >= 0 and first < last:
             self.library.send(self._mirrored + 4 * first, self._address + 4 * first, 4 * (last - first))
 
 
@@ -358,11 +417,10 @@ def tables_of(library: Library, pages: Pages) -> BlockTables:
     return tables
 
 
-def _places(pages: Pages, columns: int) -> np.ndarray:
-    """int64 (total,): where the ids belong in a table of so many columns."""
-    width = min(columns, pages.widest)
-    places = np.flatnonzero(pages.used(width))
-    return places if width == columns else places + places // width * (columns - width)
+@lru_cache(maxsize=64)
+def _numbers(count: int) -> np.ndarray:
+    """0 to count - 1, of few counts: not to be written to."""
+    return np.arange(count)
 
 
 def _rounded(elements: int) -> int:

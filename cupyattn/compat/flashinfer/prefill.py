@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
 
-from ...arrays import refuse, view
+from ...arrays import View, refuse, view
 from .arguments import (
     LSE_BASES,
     LSE_LAYOUTS,
@@ -26,11 +26,14 @@ from .pages import (
     PREFILL_NAMES,
     BlockTables,
     FixedTables,
+    IndexArray,
     Names,
     Pages,
     check_starts,
     check_table,
+    index_array,
     index_view,
+    largest,
     look_at_pages,
     read_together,
     tables_of,
@@ -39,12 +42,12 @@ from .single import attend_one, check_alibi
 from .steps import (
     ByRowStep,
     MaskedStep,
-    PackedStep,
     PaddedStep,
     RaggedStep,
     RotatedRaggedStep,
     RotatedStep,
     dense_step,
+    packed_step,
 )
 from .wrapper import Wrapper
 
@@ -139,36 +142,34 @@ class Queries:
     """The sequences among the packed queries, and what they see of their keys."""
 
     starts: np.ndarray  # int64 (batch + 1,)
-    array: Array | None  # the same, int32, beside the queries, once they are placed
-    rows: int  # of q
+    counts: np.ndarray  # int64 (batch,)
     frozen: bool  # the next plan may say otherwise under a graph that was captured
     masks: Masks | None = None  # where the kernels' own say it, None
     causal: bool | None = None  # what a custom mask came to; None where there is none, or `masks`
+    array: Array | None = None  # `starts`, int32, beside the queries, once they are placed
+    total: int = field(init=False)  # rows that the sequences have in all
+    longest: int = field(init=False)
+    rows: int = field(init=False)  # of q: as many, unless the wrapper says otherwise
 
-    @property
-    def counts(self) -> np.ndarray:
-        return np.diff(self.starts)
+    def __post_init__(self) -> None:
+        self.total = self.rows = int(self.starts[-1])
+        self.longest = largest(self.counts)
 
     @property
     def fewer(self) -> int | None:
         """The rows that the sequences have in all, where q may have others."""
-        return int(self.starts[-1]) if self.frozen else None
-
-    @property
-    def longest(self) -> int:
-        return int(self.counts.max(initial=0))
+        return self.total if self.frozen else None
 
     @property
     def same(self) -> int | None:
         """The number of queries of every sequence, if that is one number and they are all of q."""
-        counts = self.counts
-        if self.frozen or not len(counts) or self.starts[-1] != self.rows or (counts != counts[0]).any():
+        if self.frozen or self.longest * len(self.counts) != self.total:
             return None
-        return int(counts[0]) or None
+        return self.longest or None
 
     def positions(self, lengths: np.ndarray) -> np.ndarray:
         """int64 (rows,): of each query among its sequence's keys, the last being at the last key."""
-        return np.arange(self.starts[-1]) + np.repeat(lengths - self.starts[1:], self.counts)
+        return np.arange(self.total) + np.repeat(lengths - self.starts[1:], self.counts)
 
     def rounded_longest(self) -> int | None:
         """At least the longest, and one of few numbers, on which plans depend; None where any may come."""
@@ -197,7 +198,7 @@ class _FixedStarts:
     def take_in(self, starts: np.ndarray) -> tuple[Array, int]:
         """The array with these numbers, which were checked, and the rows."""
         self._rows = int(starts[-1]) if self._rows is None else self._rows
-        self._array[...] = self._library.asarray(starts.astype(np.int32))
+        self._library.write(self._array, starts.astype(np.int32))
         return self._array, self._rows
 
 
@@ -206,7 +207,7 @@ class _Prefill(Wrapper):
 
     _fixed_queries: _FixedStarts | None = None
 
-    def _describe(self, options: Options, starts: np.ndarray, masks: Masks | None) -> Queries:
+    def _describe(self, options: Options, starts: np.ndarray, counts: np.ndarray, masks: Masks | None) -> Queries:
         """The queries, checked; where they lie follows in `_place`."""
         frozen = self._fixed_queries is not None
         if frozen:
@@ -216,16 +217,9 @@ class _Prefill(Wrapper):
             if options.fp8:
                 refuse("kv_data_type", options.kv_dtype, f"{options.q_dtype} in a prefill wrapper for CUDA graphs")
         plain = None if masks is None else masks.as_causal()
-        queries = Queries(starts, None, int(starts[-1]), frozen, masks if plain is None else None, plain)
+        queries = Queries(starts, counts, frozen, masks if plain is None else None, plain)
         masked(options, queries)
         return queries
-
-    def _place(self, queries: Queries, qo_indptr: Array) -> None:
-        """Put the queries' starts beside the arrays."""
-        if queries.frozen:
-            queries.array, queries.rows = self._fixed_queries.take_in(queries.starts)
-        else:
-            queries.array = beside(self._home.library, qo_indptr, queries.starts)
 
     def _over_pages(self, options: Options, queries: Queries, pages: Pages, tables: BlockTables, layout: str) -> Any:
         """The step of queries over pages, without rotation."""
@@ -235,15 +229,20 @@ class _Prefill(Wrapper):
         if queries.same is not None:
             return dense_step(home, options, queries.same, pages, tables, layout)
         if not options.fp8:
-            where = pages, tables.table, tables.lengths, layout, queries.fewer
-            return PackedStep(home, options, queries.rows, queries.array, queries.rounded_longest(), *where)
+            form = queries.rows, queries.rounded_longest()
+            return packed_step(home, options, form, queries.array, pages, tables, layout, queries.fewer)
         dense = dense_step(home, options, queries.longest, pages, tables, layout)
         return PaddedStep(dense, options, home.library, queries.starts, queries.longest)
 
 
-def beside(library: Library, indptr: Array, starts: np.ndarray) -> Array:
-    """int32 (batch + 1,) where the library's arrays are: the caller's own if it is there, as in FlashInfer."""
-    return indptr if view(indptr).device == library.device >= 0 else library.asarray(starts.astype(np.int32))
+def if_there(indptr: Array, found: IndexArray) -> Array | None:
+    """The caller's array if it is on the device, where the kernels read it, as FlashInfer's do."""
+    return indptr if type(found) is View else None
+
+
+def beside(library: Library, there: Array | None, starts: np.ndarray) -> Array:
+    """int32 (batch + 1,) where the library's arrays are: the caller's own if there is one."""
+    return library.asarray(starts.astype(np.int32)) if there is None else there
 
 
 def masked(options: Options, queries: Queries) -> Options:
@@ -377,9 +376,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         Raises:
             TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
         """
-        unsupported = {"prefix_len_ptr": prefix_len_ptr, "token_pos_in_items_ptr": token_pos_in_items_ptr}
-        unsupported |= {"token_pos_in_items_len": token_pos_in_items_len or None, "max_item_len_ptr": max_item_len_ptr}
-        refuse_given("prefill", **unsupported, fixed_split_size=fixed_split_size)
+        refuse_given(
+            "prefill",
+            prefix_len_ptr=prefix_len_ptr,
+            token_pos_in_items_ptr=token_pos_in_items_ptr,
+            token_pos_in_items_len=token_pos_in_items_len or None,
+            max_item_len_ptr=max_item_len_ptr,
+            fixed_split_size=fixed_split_size,
+        )
         options = make_options(
             num_qo_heads,
             num_kv_heads,
@@ -402,33 +406,37 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         with self._on_device():
             device = self._home.library.device
             found = look_at_pages(*table, device, PREFILL_NAMES, seq_lens)
-            starts, *held = read_together([index_view("qo_indptr", qo_indptr, device), *found.to_read])
-            check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
+            found_starts = index_array("qo_indptr", qo_indptr, device)
+            starts, *held = read_together([found_starts, *found.to_read])
+            counts = check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
             pages = found.pages(options.page_size, *held)
             if len(starts) != pages.batch + 1:
                 expected = f"{pages.batch + 1}, as many as paged_kv_indptr has"
                 refuse("qo_indptr", f"{len(starts)} entries", expected)
-            masks = read_masks(custom_mask, packed_custom_mask, np.diff(starts), pages.lengths)
+            masks = None
+            if custom_mask is not None or packed_custom_mask is not None:  # else nobody asks for the lengths
+                masks = read_masks(custom_mask, packed_custom_mask, counts, pages.lengths)
             if block_tables is not None:
                 check_table(block_tables, pages, device)
-            self._take_in(options, qo_indptr, starts, masks, pages, block_tables)
+            there, queries = if_there(qo_indptr, found_starts), self._describe(options, starts, counts, masks)
+            self._take_in(options, queries, there, pages, block_tables)
 
     begin_forward = plan
 
     def _take_in(
-        self,
-        options: Options,
-        qo_indptr: Array,
-        starts: np.ndarray,
-        masks: Masks | None,
-        pages: Pages,
-        block_tables: Array | None,
+        self, options: Options, queries: Queries, there: Array | None, pages: Pages, block_tables: Array | None
     ) -> None:
+        """there: qo_indptr, `if_there`."""
         home, layout = self._home, self._kv_layout
-        queries = self._describe(options, starts, masks)
         tables = self._tables if self._fixed is None else self._fixed.tables_for(options, pages)
         tables.make_room(pages, block_tables)
-        self._place(queries, qo_indptr)
+        sent = None  # where queries begin, if that goes along with the table
+        if queries.frozen:
+            queries.array, queries.rows = self._fixed_queries.take_in(queries.starts)
+        elif there is not None:
+            queries.array = there
+        else:
+            queries.array, sent = tables.query_starts, queries.starts
 
         def make(options: Options) -> Any:
             options = masked(options, queries)
@@ -441,7 +449,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             return self._over_pages(options, queries, pages, tables, layout)
 
         self._set(options, make, lambda: np.repeat(pages.lengths - queries.counts, queries.counts))
-        tables.write(pages)
+        tables.write(pages, sent)
 
     def run(
         self,
@@ -489,9 +497,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         """
         if args:
             refuse("args", f"{len(args)} arguments", "none: there are no kernels of the caller's own", TypeError)
-        unsupported = kv_cache_sf, skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
-        if unsupported != _NONE:
-            refuse_given("prefill", **dict(zip(_UNSUPPORTED, unsupported, strict=True)))
+        if not kv_cache_sf is skip_softmax_threshold_scale_factor is use_fp16_softmax is uses_spcompress is None:
+            refuse_given(
+                "prefill",
+                kv_cache_sf=kv_cache_sf,
+                skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+                use_fp16_softmax=use_fp16_softmax,
+                uses_spcompress=uses_spcompress,
+            )
         if window_left is not None:
             self._check_window(window_left)
         if return_lse:
@@ -561,10 +574,6 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             rope_theta=rope_theta,
         )
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=True)
-
-
-_UNSUPPORTED = ("kv_cache_sf", "skip_softmax_threshold_scale_factor", "use_fp16_softmax", "uses_spcompress")
-_NONE = (None,) * len(_UNSUPPORTED)
 
 
 def check_lse(base: str, layout: str) -> None:
@@ -668,10 +677,17 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         Raises:
             TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
         """
-        unsupported = {"prefix_len_ptr": prefix_len_ptr, "token_pos_in_items_ptr": token_pos_in_items_ptr}
-        unsupported |= {"token_pos_in_items_len": token_pos_in_items_len or None, "max_item_len_ptr": max_item_len_ptr}
-        unsupported |= {"seq_lens": seq_lens, "v_indptr": v_indptr, "o_indptr": o_indptr}
-        refuse_given("ragged prefill", **unsupported, fixed_split_size=fixed_split_size)
+        refuse_given(
+            "ragged prefill",
+            prefix_len_ptr=prefix_len_ptr,
+            token_pos_in_items_ptr=token_pos_in_items_ptr,
+            token_pos_in_items_len=token_pos_in_items_len or None,
+            max_item_len_ptr=max_item_len_ptr,
+            seq_lens=seq_lens,
+            v_indptr=v_indptr,
+            o_indptr=o_indptr,
+            fixed_split_size=fixed_split_size,
+        )
         options = make_options(
             num_qo_heads,
             num_kv_heads,
@@ -692,31 +708,34 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         )
         with self._on_device():
             device = self._home.library.device
-            views = index_view("qo_indptr", qo_indptr, device), index_view("kv_indptr", kv_indptr, device)
-            starts, key_starts = read_together(views)
-            check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
-            check_starts("kv_indptr", key_starts, _MOST_ROWS, "it is int32")
+            found = index_array("qo_indptr", qo_indptr, device), index_array("kv_indptr", kv_indptr, device)
+            starts, key_starts = read_together(found)
+            counts = check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
+            lengths = check_starts("kv_indptr", key_starts, _MOST_ROWS, "it is int32")
             if len(starts) != len(key_starts):
                 refuse("kv_indptr", f"{len(key_starts)} entries", f"{len(starts)}, as many as qo_indptr has")
-            masks = read_masks(custom_mask, packed_custom_mask, np.diff(starts), np.diff(key_starts))
-            self._take_in(options, qo_indptr, kv_indptr, starts, key_starts, masks)
+            masks = read_masks(custom_mask, packed_custom_mask, counts, lengths)
+            queries = self._describe(options, starts, counts, masks)
+            there = if_there(qo_indptr, found[0]), if_there(kv_indptr, found[1])
+            self._take_in(options, queries, there, key_starts, lengths)
 
     begin_forward = plan
 
     def _take_in(
         self,
         options: Options,
-        qo_indptr: Array,
-        kv_indptr: Array,
-        starts: np.ndarray,
+        queries: Queries,
+        there: tuple[Array | None, Array | None],
         key_starts: np.ndarray,
-        masks: Masks | None,
+        lengths: np.ndarray,
     ) -> None:
+        """there: qo_indptr and kv_indptr, `if_there`."""
         home = self._home
-        queries = self._describe(options, starts, masks)
-        keys = self._take_keys(options, kv_indptr, key_starts)
-        self._place(queries, qo_indptr)
-        lengths = np.diff(key_starts)
+        keys = self._take_keys(options, there[1], key_starts)
+        if queries.frozen:
+            queries.array, queries.rows = self._fixed_queries.take_in(queries.starts)
+        else:
+            queries.array = beside(home.library, there[0], queries.starts)
 
         def make(options: Options) -> Any:
             options = masked(options, queries)
@@ -734,10 +753,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
 
         self._set(options, make, lambda: np.repeat(lengths - queries.counts, queries.counts))
 
-    def _take_keys(self, options: Options, kv_indptr: Array, starts: np.ndarray) -> tuple[Array, int]:
+    def _take_keys(self, options: Options, there: Array | None, starts: np.ndarray) -> tuple[Array, int]:
         """(int32 (batch + 1,) beside the keys, rows of k and v)."""
         if self._fixed_keys is None:
-            return beside(self._home.library, kv_indptr, starts), int(starts[-1])
+            return beside(self._home.library, there, starts), int(starts[-1])
         if options.rotates:
             expected = "'NONE' in a wrapper for CUDA graphs: rotate keys before, by apply_rope"
             refuse("pos_encoding_mode", "'ROPE_LLAMA'", expected)
@@ -746,8 +765,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
 
     def _by_row(self, options: Options, queries: Queries, starts: np.ndarray) -> ByRowStep:
         """Packed keys as pages of one row each."""
-        lengths, ids = np.diff(starts), view(np.arange(starts[-1], dtype=np.int32))
-        pages = Pages(starts, lengths, lengths, 1, ids, _ROW_NAMES)
+        lengths, ids = np.diff(starts), np.arange(starts[-1], dtype=np.int32)
+        pages = Pages(starts, lengths, 1, ids, _ROW_NAMES, tokens=lengths)
         inner = replace(options, page_size=1)
         step = self._over_pages(inner, queries, pages, tables_of(self._home.library, pages), "NHD")
         return ByRowStep(step, options, int(starts[-1]))

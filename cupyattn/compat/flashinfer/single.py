@@ -151,7 +151,7 @@ def _by_list(library: Library, q: Array, k: Array, v: Array, visible: Visible, c
     """Every query a sequence of its own, of the keys that it sees."""
     counts = visible.counts.astype(np.int64)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    tables = tables_of(library, Pages(starts, counts, counts, 1, view(visible.tokens.astype(np.int32)), Names()))
+    tables = tables_of(library, Pages(starts, counts, 1, visible.tokens.astype(np.int32), Names(), tokens=counts))
     common = common | {"causal": False, "window": None}
     rows = {"cache_seqlens": tables.lengths, "block_table": tables.table}
     results = attention_with_kvcache(q[:, None], k[:, None], v[:, None], **rows, **common)

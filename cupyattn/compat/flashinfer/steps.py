@@ -41,7 +41,7 @@ class Home:
 
     def __init__(self, library: Library, workspace_bytes: int) -> None:
         self.library, self.workspace_bytes = library, workspace_bytes
-        self.last: DenseStep | None = None
+        self.last: DenseStep | PackedStep | None = None
         self._plans: dict[tuple, DecodePlan | PrefillPlan] = {}
         self._latest: dict[tuple, dict[tuple, DecodePlan | PrefillPlan]] = {}
         self._scales: dict[float, Array] = {}
@@ -301,6 +301,15 @@ class PagedStep(Step):
         self._pages, self._table, self._lengths, self._layout = pages, table, lengths, layout
         self._pages_needed = pages.needed
 
+    def _is_over(self, options: Options, tables: BlockTables, layout: str) -> bool:
+        """Whether it is for these options and arrays, whatever the tables hold."""
+        mine = self._options is options and self._layout == layout
+        return mine and self._table is tables.table and self._lengths is tables.lengths
+
+    def renew(self, pages: Pages) -> None:
+        """Take other pages, which are in the same tables."""
+        self._pages, self._pages_needed = pages, pages.needed
+
     def _check(self, q: View, k: View, v: View) -> None:
         check_cache(self._options, self._layout, k, v)
         self._pages.check_ids(k.shape[0])
@@ -323,17 +332,13 @@ class DenseStep(PagedStep):
     ) -> None:
         batch, heads = pages.batch, options.num_qo_heads
         super().__init__(home, options, batch * queries, (batch, queries), pages, table, lengths, layout)
+        self._queries = queries
         self._dense_q = (batch, queries, heads, options.head_dim_qk)
         self._dense_out = (batch, queries, heads, options.head_dim_vo)
 
     def serves(self, options: Options, queries: int, tables: BlockTables, layout: str) -> bool:
         """Whether it is for this, whatever the tables hold."""
-        mine = self._options is options and self._dense_q[1] == queries and self._layout == layout
-        return mine and self._table is tables.table and self._lengths is tables.lengths
-
-    def renew(self, pages: Pages) -> None:
-        """Take other pages, which are in the same tables."""
-        self._pages, self._pages_needed = pages, pages.needed
+        return self._queries == queries and self._is_over(options, tables, layout)
 
     def sequences(self, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """(block table, lengths), where q and the caches are as planned."""
@@ -346,7 +351,7 @@ class DenseStep(PagedStep):
         self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
     ) -> DecodePlan:
         return DecodePlan(
-            q.reshape(self._dense_q),
+            self._as_planned(q, self._dense_q),
             k,
             v,
             cache_seqlens=self._lengths,
@@ -356,9 +361,13 @@ class DenseStep(PagedStep):
             k_scale=scales[0],
             v_scale=scales[1],
             num_splits=0 if self._options.split_kv else 1,
-            out=None if out is None else out.reshape(self._dense_out),
+            out=None if out is None else self._as_planned(out, self._dense_out),
             **common,
         )
+
+    def _as_planned(self, array: Array, dense: tuple[int, ...]) -> Array:
+        """(rows, heads, head_dim) as `DecodePlan` takes it: as it is, if the rows are sequences of one query."""
+        return array if self._queries == 1 else array.reshape(dense)
 
     def _call(
         self,
@@ -372,7 +381,7 @@ class DenseStep(PagedStep):
         return_lse: bool,
     ) -> Results:
         results = plan.run(
-            q.reshape(self._dense_q),
+            self._as_planned(q, self._dense_q),
             k,
             v,
             cache_seqlens=self._lengths,
@@ -381,19 +390,19 @@ class DenseStep(PagedStep):
             sinks=sinks,
             k_scale=scales[0],
             v_scale=scales[1],
-            out=None if out is None else out.reshape(self._dense_out),
+            out=None if out is None else self._as_planned(out, self._dense_out),
         )
-        if not return_lse:
-            return (results.reshape(self._out_shape) if out is None else out), None
-        result, lse = results
-        by_row = lse.swapaxes(1, 2).reshape(self._out_shape[:2])
+        result, lse = results if return_lse else (results, None)
+        if self._queries == 1:
+            return result, lse
+        by_row = None if lse is None else lse.swapaxes(1, 2).reshape(self._out_shape[:2])
         return (result.reshape(self._out_shape) if out is None else out), by_row
 
 
 def dense_step(home: Home, options: Options, queries: int, pages: Pages, tables: BlockTables, layout: str) -> DenseStep:
     """A `DenseStep`: the last one of this wrapper, if nothing but the pages is another."""
     step = home.last
-    if step is not None and step.serves(options, queries, tables, layout):
+    if type(step) is DenseStep and step.serves(options, queries, tables, layout):
         step.renew(pages)
     else:
         home.last = step = DenseStep(home, options, queries, pages, tables.table, tables.lengths, layout)
@@ -403,8 +412,8 @@ def dense_step(home: Home, options: Options, queries: int, pages: Pages, tables:
 class PackedStep(PagedStep):
     """Queries of different numbers, packed: `attention_varlen` over pages.
 
-    Args as in `DenseStep`, with rows of q in all, starts int32 (batch + 1,) of the sequences among them, and the most
-    queries of one sequence, or None; fewer: as in `Step`.
+    Args as in `DenseStep`, with rows of q in all, the most queries of one sequence, or None, and starts int32 (batch +
+    1,) of the sequences among the rows; fewer: as in `Step`.
     """
 
     def __init__(
@@ -412,8 +421,8 @@ class PackedStep(PagedStep):
         home: Home,
         options: Options,
         rows: int,
-        starts: Array,
         longest: int | None,
+        starts: Array,
         pages: Pages,
         table: Array,
         lengths: Array,
@@ -422,6 +431,14 @@ class PackedStep(PagedStep):
     ) -> None:
         super().__init__(home, options, rows, (rows, longest), pages, table, lengths, layout, fewer)
         self._starts, self._longest = starts, longest
+
+    def serves(self, options: Options, form: tuple[int, int | None], tables: BlockTables, layout: str) -> bool:
+        """Whether it is for this, whatever the tables hold; form: rows and longest."""
+        return (self._q_shape[0], self._longest) == form and self._is_over(options, tables, layout)
+
+    def take(self, starts: Array, fewer: int | None) -> None:
+        """Take other starts of as many rows."""
+        self._starts, self._fewer = starts, fewer
 
     def _make(
         self, q: Array, k: Array, v: Array, scales: Scales, out: Array | None, common: dict[str, Any]
@@ -462,6 +479,26 @@ class PackedStep(PagedStep):
             out=out,
         )
         return (results[0], results[1].T) if return_lse else (results, None)
+
+
+def packed_step(
+    home: Home,
+    options: Options,
+    form: tuple[int, int | None],
+    starts: Array,
+    pages: Pages,
+    tables: BlockTables,
+    layout: str,
+    fewer: int | None,
+) -> PackedStep:
+    """A `PackedStep`, form being its rows and longest: the last one if nothing but the sequences is another."""
+    step = home.last
+    if type(step) is PackedStep and step.serves(options, form, tables, layout):
+        step.renew(pages)
+        step.take(starts, fewer)
+    else:
+        home.last = step = PackedStep(home, options, *form, starts, pages, tables.table, tables.lengths, layout, fewer)
+    return step
 
 
 class RaggedStep(Step):
@@ -597,8 +634,8 @@ class MaskedStep:
     def _inner_step(self, stride: int) -> DenseStep:
         if stride not in self._inner:
             starts = np.concatenate([[0], np.cumsum(self._counts)])
-            ids = view((self._page * stride + self._row).astype(np.int32))
-            pages = Pages(starts, self._counts, self._counts, 1, ids, self._pages.names)
+            ids = (self._page * stride + self._row).astype(np.int32)
+            pages = Pages(starts, self._counts, 1, ids, self._pages.names, tokens=self._counts)
             tables = tables_of(self._home.library, pages)
             self._inner[stride] = DenseStep(self._home, self._options, 1, pages, tables.table, tables.lengths, "NHD")
         return self._inner[stride]
@@ -689,7 +726,7 @@ class RotatedStep:
     ) -> None:
         self._home, self._options, self._pages, self._layout = home, options, pages, layout
         self._ids = home.library.asarray(pages.ids())
-        copied = replace(pages, indices=view(np.arange(pages.total, dtype=np.int32)), known=True)
+        copied = replace(pages, indices=np.arange(pages.total, dtype=np.int32), known=True)
         tables = tables_of(home.library, copied)
         self._inner = make(replace(options, pos_encoding_mode="NONE"), copied, tables)
         page = np.arange(pages.total) - np.repeat(pages.starts[:-1], pages.counts)

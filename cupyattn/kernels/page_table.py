@@ -1,0 +1,72 @@
+"""Page tables on the device, read and made into block tables: launches of kernels_cu/page_table.cu.
+
+Plans of `compat.flashinfer` make them each time.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from .. import jit
+from ..plan import plan_fill_table, plan_read_indices
+from .launch import describe_device, enqueue
+
+if TYPE_CHECKING:
+    import cupy
+
+MOST_ARRAYS = 4  # that one launch reads
+_READ = struct.Struct(f"<{MOST_ARRAYS}Q{MOST_ARRAYS}iQ")
+_FILL = struct.Struct("<5Q2i")
+
+
+def read_indices(device: int, stream: int, addresses: Sequence[int], ends: Sequence[int], target: int) -> None:
+    """Copy at most MOST_ARRAYS int32 arrays, one behind the other, to the host's pinned memory at `target`.
+
+    Array i comes to stand from element ends[i - 1], or 0, to ends[i] there; the last end is not 0. Launched on
+    `stream`, of the device, which is the current one; returns at once.
+    """
+    missing = MOST_ARRAYS - len(ends)
+    _, blocks, threads = plan_read_indices(ends[-1])
+    params = *addresses, *(0,) * missing, *ends, *(ends[-1],) * missing, target
+    enqueue(_kernel(device, "read_indices"), (blocks,), (threads,), (_READ.pack(*params),), 0, stream)
+
+
+def fill_table(
+    device: int,
+    stream: int,
+    starts: int,
+    ids: int,
+    last: int,
+    table: int,
+    lengths: int,
+    *,
+    batch: int,
+    columns: int,
+    widest: int,
+    page_size: int,
+) -> None:
+    """Row b of the table becomes ids[starts[b]] to ids[starts[b + 1] - 1], for b below batch, which is not 0.
+
+    Launched on `stream`, of the device, which is the current one; returns at once. All arrays are int32 and given by
+    their addresses.
+
+    Args:
+        starts: (batch + 1,), never decreasing.
+        ids: (starts[batch],) or more.
+        last: (batch,), the tokens in each sequence's last page, of which lengths are made; 0 to leave those alone.
+        table: (batch, columns); behind a sequence's ids nothing is written.
+        lengths: (batch,).
+        widest: the most ids of one sequence, at most columns.
+        page_size: tokens of a page.
+    """
+    _, grid, threads = plan_fill_table(batch, widest)
+    argument = _FILL.pack(starts, ids, last, table, lengths, columns, page_size)
+    enqueue(_kernel(device, "fill_table"), grid, (threads,), (argument,), 0, stream)
+
+
+@cache
+def _kernel(device: int, function: str) -> cupy.RawKernel:
+    return jit.load("page_table", plan_fill_table(1, 1)[0], describe_device(device).arch, function, device).function
