@@ -66,6 +66,7 @@ def device_name(device: int) -> str:
     return "cpu" if device < 0 else f"cuda:{device}"
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype of a `View.dtype`; ml_dtypes provides bfloat16 and FP8."""
     return _NUMPY_DTYPES.get(name) or np.dtype(name)
