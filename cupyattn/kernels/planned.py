@@ -94,14 +94,17 @@ class Planned:
             argument.write(self._template.length, operands.uniform_length)
         self._enqueue(argument, stream)
 
-    def at(self, addresses: Addresses, out: int, lse: int, length: int, stream: int, captured: bool) -> None:
+    def at(
+        self, addresses: Sequence[tuple[int, int]], out: int, lse: int, length: int, stream: int, captured: bool
+    ) -> None:
         """The same for arrays of the planned forms that are known by their addresses alone.
 
-        lse is 0 and length -1 where the call has none; captured: whether the stream is being captured.
+        Each address comes with its place among the roles; what there is none of was not planned. lse is 0 and length -1
+        where the call has none; captured: whether the stream is being captured.
         """
         argument = self._argument()
         held = argument.addresses
-        for i, address in enumerate(addresses):
+        for i, address in addresses:
             if address != held[i]:
                 argument.put(i, address, _never)
         argument.put_out(out, _never)
