@@ -615,6 +615,50 @@ def test_a_tensor_that_changed_in_place_goes_the_long_way(driver, torch, change)
     assert len(driver.launches) == launched + 1
 
 
+IN_PLACE = {
+    "shape": lambda x, torch: x.resize_(2, 8, 64),
+    "strides": lambda x, torch: x.as_strided_((4, 8, 64), (64, 256, 1)),
+    "both": lambda x, torch: x.transpose_(1, 2),
+    "dtype": lambda x, torch: setattr(x, "data", x.to(torch.bfloat16)),
+    "gradients": lambda x, torch: x.requires_grad_(),
+}
+OTHERS = {
+    "strides": lambda x, torch: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "negative": lambda x, torch: torch._neg_view(x),
+    "subclass": lambda x, torch: torch.nn.Parameter(x, requires_grad=False),
+    "array": lambda x, torch: x.numpy(),
+    "nothing": lambda x, torch: None,
+    "device": lambda x, torch: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", [*IN_PLACE.items(), *OTHERS.items()], ids=lambda change: change[0])
+def test_tensors_that_are_compared_at_once_are_alike_in_every_way(monkeypatch, change):
+    """With PyTorch's own tensors, which on the CPU have no other difference from those that a plan takes."""
+    torch = pytest.importorskip("torch")
+    forms = [((4, 8, 64), (1024, 128, 2), np.dtype("float16"), 0), None, ((9, 16), (64, 4), np.dtype("int32"), 0), None]
+    quick = types.SimpleNamespace(forms=forms, out_form=forms[0], device=0)
+    of_tensors = planned._OfTensors(torch, quick)
+    monkeypatch.setattr(planned._OfTensors, "address_of", lambda self, tensor, form, records: 4096)
+
+    def tensors():
+        return torch.ones(4, 8, 64, dtype=torch.float16), None, torch.ones(9, 16, dtype=torch.int32), None
+
+    given = tensors()
+    assert not of_tensors.alike(given) and of_tensors.fit(given, True)
+    assert of_tensors.alike(given) and of_tensors.alike(tensors())
+    assert not of_tensors.alike((*given[:3], given[0]))
+    kind, turn = change
+    if turn is IN_PLACE.get(kind):
+        turn(given[0], torch)
+        other = given[0]
+    else:
+        other = turn(given[0], torch)
+    assert not of_tensors.alike((other, *given[1:]))
+    if kind == "gradients":
+        assert of_tensors.fit(given, False) and not of_tensors.alike(given), "they may not be recorded the next time"
+
+
 def test_what_came_between_is_not_left_in_the_argument(driver):
     """A run that is refused, or goes the long way, or has no array of ours: the next has its own addresses."""
     arrays = decode_arrays()
