@@ -235,6 +235,8 @@ def test_gradients_are_refused_in_a_sentence(rng, name):
         compiled(lambda **x: ours.attention(**x))(**given)
     with pytest.raises(TypeError, match=f"^{sentence}"):
         torch.ops.cupyattn.attention(**given)
+    with pytest.raises(Exception, match=sentence):
+        compiled(lambda **x: torch.ops.cupyattn.attention(**x)[0])(**given)
     with torch.no_grad():
         ours.attention(**given)
         compiled(lambda **x: ours.attention(**x))(**given)

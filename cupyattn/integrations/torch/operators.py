@@ -6,8 +6,8 @@ where the lse is empty unless it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,29 +40,37 @@ Given = dict[str, Any]
 Results = tuple[Tensor, Tensor]
 
 
-def _operator(name: str, arguments: str, function: Callable[..., Any], writes: tuple[str, ...] = ()) -> Any:
-    """The operator cupyattn::name, which calls the function."""
-    names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
+_LIBRARY = torch.library.Library("cupyattn", "FRAGMENT")
 
-    def given(values: tuple, more: Mapping[str, Any]) -> Given:
-        return dict(zip(names, values, strict=False)) | more
+
+def _operator(name: str, arguments: str, function: Callable[..., Any]) -> Any:
+    """The operator cupyattn::name, which calls the function.
+
+    It is defined without `torch.library.custom_op`, whose own work takes the host longer than the function. So it has
+    no rule for gradients: tensors that require them are refused where the function, or a tracer, looks at them.
+    """
+    names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
+    theirs = [_OTHERWISE.get(name, name) for name in names]
 
     def run(*values: Any, **more: Any) -> Results:
-        arguments = {name: value for name, value in given(values, more).items() if value is not None}
-        results = function(**{_OTHERWISE.get(name, name): value for name, value in arguments.items()})
+        given = {name: value for name, value in zip(theirs, values, strict=False) if value is not None}
+        for other, value in more.items():
+            if value is not None:
+                given[_OTHERWISE.get(other, other)] = value
+        results = function(**given)
         return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
 
-    def refuse_recorded(ctx: Any, inputs: tuple, output: Results) -> NoReturn:
-        refuse_gradients(given(inputs, {}))
-        raise AssertionError("PyTorch asks only where something requires gradients")
+    def fake(*values: Any, **more: Any) -> Results:
+        given = dict(zip(names, values, strict=False)) | more
+        if torch.is_grad_enabled():
+            refuse_gradients(given)
+        return _fake(given)
 
-    operator = torch.library.custom_op(
-        f"cupyattn::{name}", mutates_args=writes, schema=f"({arguments}) -> (Tensor, Tensor)"
-    )(run)
-    operator.register_fake(lambda *values, **more: _fake(given(values, more)))
-    if not writes:  # PyTorch takes no rule for gradients of an operator that writes
-        operator.register_autograd(lambda ctx, *gradients: None, setup_context=refuse_recorded)
-    return operator
+    _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+    for backend in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, backend)
+    torch.library.register_fake(f"cupyattn::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.cupyattn, name).default
 
 
 def _fake(given: Given) -> Results:
@@ -100,5 +108,4 @@ append_and_attend = _operator(
     "append_and_attend",
     f"Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_STEP}, {_MASKS}",
     attention_with_kvcache,
-    ("k_cache", "v_cache"),
 )
