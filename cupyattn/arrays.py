@@ -35,6 +35,8 @@ ACCEPTED = "an array of NumPy, CuPy, PyTorch or JAX, or any object with __dlpack
 INDEX_ROLES = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_new", "seqused_k", "cache_seqlens")
 INDEX_ROLES += ("block_table", "cache_batch_idx", "cache_leftpad")
 
+_OF_INDICES = ("indptr", "indices", "_len", "positions")  # in the names that FlashInfer has for such arrays
+
 # Device types of the DLPack specification.
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
 
@@ -122,7 +124,8 @@ def _find_reader(x: Any, name: str) -> Callable[[Any, str], View]:
     elif hasattr(x, "__cuda_array_interface__"):
         reader = _view_cuda_interface
     elif isinstance(x, (list, tuple)):
-        made = f"np.asarray({name}, np.{'int32' if name in INDEX_ROLES else 'float32'})"
+        index = name in INDEX_ROLES or any(part in name for part in _OF_INDICES)
+        made = f"np.asarray({name}, np.{'int32' if index else 'float32'})"
         refuse(name, _a(kind.__name__), f"{ACCEPTED}, as {made} is", TypeError)
     else:
         refuse(name, _a(kind.__name__) if x is not None else None, ACCEPTED, TypeError)

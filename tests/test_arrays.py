@@ -184,6 +184,12 @@ def test_what_is_no_array_is_refused_by_name(thing, came):
         view(thing, "q")
 
 
+@pytest.mark.parametrize("name", ["qo_indptr", "indices", "last_page_len", "seq_lens", "positions", "cu_seqlens_q"])
+def test_lists_of_indices_are_to_be_int32(name):
+    with pytest.raises(TypeError, match=rf"^{name}: got a list, .* as np.asarray\({name}, np.int32\) is"):
+        view([0, 1], name)
+
+
 def test_strides_between_elements_are_refused():
     records = np.zeros(4, np.dtype([("a", np.int8), ("b", np.float32)]))
     with pytest.raises(ValueError, match=r"^k: got strides of \(5,\) bytes, expected multiples of the 4-byte element"):

@@ -139,7 +139,7 @@ class _Door(DistributionFinder):
 
     def __init__(self, name: str, modules: dict[str, ModuleType]) -> None:
         self.name, self.users = name, 0
-        self._metadata = _Metadata(_DISTRIBUTIONS.get(name, name), modules[name].__version__)
+        self._metadata = _Metadata(_DISTRIBUTIONS.get(name, name), modules[name].__version__, name)
         self._before = {alias: module for alias, module in sys.modules.items() if self._is_of_it(alias)}
         for alias in self._before:
             del sys.modules[alias]
@@ -159,8 +159,8 @@ class _Door(DistributionFinder):
         """Modules are found by `sys.modules`."""
 
     def find_distributions(self, context: DistributionFinder.Context) -> Iterator[Distribution]:
-        """The version that callers ask the metadata for, to learn which arguments there are."""
-        if context.name is not None and _plain(context.name) == _plain(self._metadata.project):
+        """What callers ask the metadata for, to learn whether the library is there and which arguments it has."""
+        if context.name is None or _plain(context.name) == _plain(self._metadata.project):
             yield self._metadata
 
 
@@ -170,14 +170,15 @@ def _plain(distribution: str) -> str:
 
 @dataclass
 class _Metadata(Distribution):
-    """Name and version, and no files."""
+    """Name and version, the module that there is, and no files."""
 
     project: str
     release: str
+    module: str
 
     def read_text(self, filename: str) -> str | None:
         head = f"Metadata-Version: 2.1\nName: {self.project}\nVersion: {self.release}\n"
-        return head if filename == "METADATA" else None
+        return {"METADATA": head, "top_level.txt": f"{self.module}\n"}.get(filename)
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"{path}: {self.project} is cupyattn.compat here, and has no files of its own")

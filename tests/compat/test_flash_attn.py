@@ -611,7 +611,7 @@ EVERYWHERE = [
     ({"softmax_scale": "1"}, "softmax_scale: got '1', expected a number"),
     ({"alibi_slopes": np.ones(3, np.float32)}, r"alibi_slopes: got shape \(3,\), expected \(4,\) or \(2, 4\)"),
 ]
-DROPOUT = {"dropout_p": 0.1}, "dropout_p: got 0.1, expected 0.0: dropout needs the backward pass, which does not exist"
+DROPOUT = {"dropout_p": 0.1}, "dropout_p: got 0.1, expected 0.0: dropout belongs to training"
 PAGED = {"k": None, "v": None, "page_table": np.array([[0], [1]], np.int32)}
 PACKED = {"k": None, "v": None, "q": halves(6, HEADS, HEAD_DIM), "cu_seqlens_q": cumulative([3, 3])}
 OWN = {

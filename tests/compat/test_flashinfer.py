@@ -530,8 +530,12 @@ def test_single_calls_refuse(rng, lib):
         (lambda: prefill(one, k, k), "q: got shape (8, 64), expected (queries, num_qo_heads, head_dim)"),
         (lambda: decode(q, k, k), "q: got shape (5, 8, 64), expected (num_qo_heads, head_dim)"),
         (lambda: prefill(q, k, k, kv_layout="DNH"), "kv_layout: got 'DNH', expected 'NHD' or 'HND'"),
-        (lambda: prefill(q, k, k, kv_layout="HND"), "num_qo_heads: got 8, expected a multiple of num_kv_heads 9"),
-        (lambda: prefill(q, three, three), "num_qo_heads: got 8, expected a multiple of num_kv_heads 3"),
+        (
+            lambda: prefill(q, k, k, kv_layout="HND"),
+            "k: got 9 heads, of shape (9, 2, 64), expected a divisor of q's 8 for kv_layout='HND'; "
+            "this would be kv_layout='NHD'",
+        ),
+        (lambda: prefill(q, three, three), "k: got 3 heads, of shape (9, 3, 64), expected a divisor of q's 8 for"),
         (lambda: prefill(q, k, k[:8]), "v: got (8, 2) keys and heads, expected k's (9, 2)"),
         (lambda: prefill(q, wide, k), "k: got head_dim 63, expected q's 64"),
         (lambda: prefill(q, other, other), "k: got float32, expected q's dtype float16, or an FP8 one"),
@@ -608,6 +612,8 @@ def test_append_refuses(rng, lib):
         )
     with pytest.raises(ValueError, match="kv_layout: got 'NDH', expected 'NHD' or 'HND'"):
         flashinfer.append_paged_kv_cache(*lib.put((k, v, i32(0, 1), i32(9, 32))), p.cache(lib), *table, "NDH")
+    with pytest.raises(ValueError, match="append_key: got 2 heads, expected 5, as .*; this would be kv_layout='NHD'"):
+        flashinfer.append_paged_kv_cache(*lib.put((k, v, i32(0, 1), i32(9, 32))), p.cache(lib), *table, "HND")
 
 
 @over_libs()

@@ -168,6 +168,7 @@ def test_the_version_in_the_metadata(name, distributions, version):
     before = [_version(distribution) for distribution in distributions]
     with install_as(name):
         assert [importlib.metadata.version(distribution) for distribution in distributions] == [version] * len(before)
+        assert {*distributions} & {*importlib.metadata.packages_distributions()[name]}, "as transformers looks for it"
         assert importlib.metadata.version("numpy") and _version("no-such-thing") is None
     assert [_version(distribution) for distribution in distributions] == before
 

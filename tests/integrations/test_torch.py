@@ -403,6 +403,23 @@ def test_calls_that_do_not_fit_stay_with_pytorch(here, change, argument, came, e
     assert here == []
 
 
+@pytest.mark.parametrize("devices", ["gpu", "cuda:0", (), ("cpu", "CUDA"), None, 0, (torch.device("cpu"),)])
+def test_devices_that_nothing_would_be_routed_from_are_refused(devices):
+    with refused("devices", re.escape(repr(devices)), r"types of devices, as \('cuda',\)"):
+        ours.route_scaled_dot_product_attention(devices=devices)
+
+
+def test_masks_with_holes_are_refused():
+    from cupyattn.integrations.torch.transformers import padding_bounds
+
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    bounds = padding_bounds(3, 4, 4, attention_mask=mask)
+    assert bounds[:, 0, 0].tolist() == [[1, 3], [0, 0], [0, 4]]
+    mask[2, 1] = 0
+    with refused("attention_mask", "zeros among the ones of row 2", "ones in one run"):
+        padding_bounds(3, 4, 4, attention_mask=mask)
+
+
 def test_training_in_the_context_is_pytorchs(rng, here):
     q, k, v = (put(x, "cpu").requires_grad_() for x in heads_first(rng, kv_heads=4))
     with ours.route_scaled_dot_product_attention(devices=("cpu",)):

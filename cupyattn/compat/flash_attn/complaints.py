@@ -48,4 +48,4 @@ def rename(error: Exception, names: Mapping[str, str]) -> None:
 def refuse_dropout(dropout_p: float) -> None:
     """Refuse any dropout."""
     if dropout_p:
-        refuse("dropout_p", dropout_p, "0.0: dropout needs the backward pass, which does not exist yet")
+        refuse("dropout_p", dropout_p, "0.0: dropout belongs to training, and there is no backward pass")

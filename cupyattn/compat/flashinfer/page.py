@@ -157,7 +157,7 @@ def append_paged_kv_cache(
     cache = view(k_cache, "paged_kv_cache")
     library = library_of(cache, "paged_kv_cache")
     page_size = cache.shape[1 if kv_layout == "NHD" else 2]
-    rows = _rows(append_key, append_value, cache)
+    rows = _rows(append_key, append_value, cache, kv_layout)
     _check_rows_of(batch_indices, positions, rows, cache.device)
     names = APPEND_NAMES.indptr, APPEND_NAMES.indices, APPEND_NAMES.last_page_len, "batch_indices", "positions"
     given = kv_indptr, kv_indices, kv_last_page_len, batch_indices, positions
@@ -182,12 +182,18 @@ def append_paged_kv_cache(
         append_kv(k_cache, v_cache, *new, cache_seqlens=row, block_table=page[:, None], layout=kv_layout, **scales)
 
 
-def _rows(append_key: Array, append_value: Array, cache: View) -> View:
+def _rows(append_key: Array, append_value: Array, cache: View, layout: str) -> View:
     """The view of append_key, where the two are as the cache is; append_kv looks at the rest."""
+    heads, other = (cache.shape[2], cache.shape[1]) if layout == "NHD" else (cache.shape[1], cache.shape[2])
     rows, values = view(append_key, "append_key"), view(append_value, "append_value")
     for name, found in (("append_key", rows), ("append_value", values)):
         if len(found.shape) != 3:
             refuse(name, f"shape {found.shape}", "(nnz, num_kv_heads, head_dim)")
+        if found.shape[1] != heads:
+            turned = f"; this would be kv_layout={'HND' if layout == 'NHD' else 'NHD'!r}"
+            hint = turned if found.shape[1] == other else ""
+            expected = f"{heads}, as paged_kv_cache of shape {cache.shape} has for kv_layout={layout!r}{hint}"
+            refuse(name, f"{found.shape[1]} heads", expected)
         if (found.library, found.device) != (cache.library, cache.device):
             refuse(name, f"a {found.library} array on {device_name(found.device)}", "an array beside paged_kv_cache")
         fits = (*FLOAT_DTYPES, cache.dtype) if cache.dtype in FP8_DTYPES else (cache.dtype,)

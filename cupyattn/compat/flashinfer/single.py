@@ -39,6 +39,7 @@ def attend_one(
     arguments are those of `attend_natural`.
     """
     check_choice("kv_layout", kv_layout, LAYOUTS)
+    _check_heads(q, k, kv_layout)
     k, v = rows_first("k", k, kv_layout), rows_first("v", v, kv_layout)
     out, lse = attend_natural(q, k, v, read, scales, return_lse, **planned)
     if not return_lse:
@@ -46,6 +47,19 @@ def attend_one(
     library = library_at(q, "q")
     with library.current():
         return out, deliver_lse(library, lse, "log2", "NH", None, None)
+
+
+def _check_heads(q: Array, k: Array, kv_layout: str) -> None:
+    """Refuse keys whose heads do not go with q's, in the words of the layout, which may be the other one."""
+    queries, keys = view(q, "q").shape, view(k, "k").shape
+    if len(queries) != 3 or len(keys) != 3:
+        return  # refused by their rank
+    heads, rows = (keys[1], keys[0]) if kv_layout == "NHD" else (keys[0], keys[1])
+    if heads and queries[1] % heads:
+        turned = rows and queries[1] % rows == 0
+        hint = f"; this would be kv_layout={'HND' if kv_layout == 'NHD' else 'NHD'!r}" if turned else ""
+        expected = f"a divisor of q's {queries[1]} for kv_layout={kv_layout!r}{hint}"
+        refuse("k", f"{heads} heads, of shape {keys}", expected)
 
 
 def rows_first(name: str, keys: Array, kv_layout: str) -> Array:

@@ -23,7 +23,7 @@ class Wrapper:
     """A workspace buffer, and what `plan` left for the runs.
 
     The kernels of this library bring their own workspace. The buffer says where the wrapper works, on which device and
-    with which library's arrays, and must be as large as what the kernels would take of it.
+    with which library's arrays, and must be as large as what the kernels would take of it: on the CPU nothing.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ _TABLES = "float32 tables; any even rotary_dim, theirs multiples of 16"
 _NO_EFFECT = "accepted, without effect"
 
 FLASH_ATTN: Notes = (
-    ("flash_attn_with_kvcache", "q k v", "wider", f"{_ARRAYS}; v's headdim may be its own"),
+    ("flash_attn_with_kvcache", "q", "wider", _ARRAYS),
     (
         "flash_attn_with_kvcache",
         "k_cache v_cache",
@@ -41,6 +41,7 @@ FLASH_ATTN: Notes = (
         "wider",
         "float32 tables; any even rotary_dim, theirs multiples of 16",
     ),
+    ("flash_attn_with_kvcache", "k v", "wider", f"{_ARRAYS}; not of JAX, whose arrays nobody may write to"),
     ("flash_attn_with_kvcache", "cache_batch_idx", "narrower", "no entry twice where k and v are appended"),
     ("flash_attn_with_kvcache", "cache_leftpad", "wider", "with block_table too"),
     ("flash_attn_with_kvcache", "block_table", "wider", _ANY_BLOCKS),
@@ -78,7 +79,7 @@ FLASH_ATTN_3: Notes = (
     ("flash_attn_with_kvcache", "k_cache v_cache", "wider", f"{_ARRAYS}; FP8 beside queries that are not"),
     ("flash_attn_with_kvcache", "k_descale v_descale", "narrower", "() or (nheads_k,), theirs (batch, nheads_k)"),
     ("flash_attn_with_kvcache", "cu_seqlens_q", "narrower", "without k and v: append them before"),
-    ("flash_attn_with_kvcache", "cu_seqlens_k_new", "narrower", "without k alone: no packed new rows"),
+    ("flash_attn_with_kvcache", "cu_seqlens_k_new", "narrower", "None where k is given: no packed new rows"),
     ("flash_attn_with_kvcache", "cache_batch_idx", "narrower", "no entry twice where k and v are appended"),
     (
         "flash_attn_with_kvcache",
@@ -106,7 +107,7 @@ _LSE = "the lse to base 2, -inf for rows without keys, as there"
 
 FLASHINFER: Notes = (
     # of wrappers as they are made
-    ("*__init__", "float_workspace_buffer workspace_buffer", "same", "as large as what the kernels keep in theirs"),
+    ("*__init__", "float_workspace_buffer workspace_buffer", "same", "refused if smaller than a run on a GPU needs"),
     ("*__init__", "use_tensor_cores backend", "same", _THEIR_KERNELS),
     (
         "*__init__",
@@ -116,7 +117,7 @@ FLASHINFER: Notes = (
     ),
     ("*__init__", "custom_mask_buf mask_indptr_buf", "narrower", "accepted; no custom masks under CUDA graphs"),
     ("*__init__", "max_pages_per_request", "own", "under CUDA graphs, how wide the block table is"),
-    ("*__init__", "*buf *buffer *buf_arr", "same", "for their sizes"),
+    ("*__init__", "*buf *buffer *buf_arr", "same", "only their sizes count"),
     ("*reset_workspace_buffer", "int_workspace*", "same", f"{_NO_EFFECT}: none is needed"),
     # of plans
     ("*plan", "head_dim head_dim_qk head_dim_vo", "narrower", "any from 1 to 256, theirs a few, but 512 among them"),
@@ -152,7 +153,7 @@ FLASHINFER: Notes = (
     ("*run", "*args", "narrower", "none: the caller has no kernels here"),
     ("*run", "q", "wider", f"{_LIBRARIES}; no FP8 queries"),
     ("*forward*", "q", "wider", f"{_LIBRARIES}; no FP8 queries"),
-    ("*run", "paged_kv_cache", "wider", f"{_LIBRARIES}; FP8 in uint8 arrays, which there are NVFP4"),
+    ("*run", "paged_kv_cache", "wider", f"{_LIBRARIES}; uint8 arrays are read as FP8 here, as NVFP4 there"),
     ("*forward*", "paged_kv_cache unique_kv_cache", "wider", _LIBRARIES),
     ("BatchPrefillWithRagged*", "k v", "wider", f"{_LIBRARIES}; FP8"),
     ("BatchPrefillWithRagged*run", "q_scale k_scale v_scale", "wider", "for all dtypes"),
@@ -162,6 +163,12 @@ FLASHINFER: Notes = (
     ("*run", "enable_pdl", "same", _NO_EFFECT),
     ("*run", "kv_cache_sf o_scale", "narrower", _NONE),
     ("*run", "skip_softmax_threshold_scale_factor use_fp16_softmax uses_spcompress", "narrower", _NONE),
+    (
+        "*Batch*run",
+        "return_lse",
+        "narrower",
+        "under ALIBI, where the bias counts from the first query as there, not in wrappers for CUDA graphs",
+    ),
     ("*run", RETURNS, "same", _LSE),
     ("*forward_return_lse", RETURNS, "same", _LSE),
     ("*SharedPrefix*forward", "k_shared v_shared", "wider", _LIBRARIES),

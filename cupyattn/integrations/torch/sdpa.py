@@ -169,8 +169,8 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
     kernels of nn.MultiheadAttention in eval mode, is not seen.
 
     Args:
-        devices: types of the devices whose calls come here; a GPU's alone by default, as the NumPy backend is slower
-            than PyTorch on the CPU.
+        devices: types of the devices whose calls come here, "cuda" and "cpu"; a GPU's alone by default, as the NumPy
+            backend is slower than PyTorch on the CPU.
         strict: raise ValueError for a call on these devices that does not fit, instead of leaving it to PyTorch.
 
     >>> import torch
@@ -184,7 +184,7 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
     def __init__(self, devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
         super().__init__()
         self._multi_head = _multi_head_attention_over(self._call)
-        self.devices = (devices,) if isinstance(devices, str) else tuple(devices)
+        self.devices = _types_of(devices)
         self.strict = strict
 
     def __torch_function__(
@@ -223,6 +223,14 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
                 refuse(*complaint)
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return _torchs(query, key, value, attn_mask, dropout_p, **options)
+
+
+def _types_of(devices: Sequence[str]) -> tuple[str, ...]:
+    types = (devices,) if isinstance(devices, str) else devices
+    known = isinstance(types, (tuple, list)) and all(kind in ("cuda", "cpu") for kind in types)
+    if not known or not types:
+        refuse("devices", repr(devices), "types of devices, as ('cuda',) or ('cuda', 'cpu')")
+    return tuple(types)
 
 
 def _multi_head_attention_over(ask: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...arrays import refuse
+from ...attention import checking
 from .functions import attention, attention_varlen, attention_with_kvcache
 
 
@@ -50,6 +51,9 @@ def padding_bounds(
     """What `transformers_attention` gets for a mask: where each sequence's tokens begin and end among the keys.
 
     Arguments are those of transformers' mask functions; attention_mask is (batch, tokens so far), ones in one run.
+    Other rows are refused on the CPU, and on a GPU if CUPYATTN_CHECK=1 asks for it, which waits for the device; else
+    they give wrong results.
+
     Returns int32 (batch, 1, 1, 2), as transformers leaves what is 4-D as it is; None where all keys are tokens.
     """
     both_ways = "allow_is_bidirectional_skip" in others
@@ -67,7 +71,17 @@ def padding_bounds(
     seen = attention_mask[:, -kv_length:].int()
     begins = seen.argmax(dim=1)
     ends = torch.where(seen.any(dim=1), seen.shape[1] - seen.flip(1).argmax(dim=1), 0)
+    if checking(None, seen.get_device()) and not torch.compiler.is_compiling():
+        _refuse_holes(seen, ends - begins)
     return torch.stack([begins, ends], dim=1).int()[:, None, None]
+
+
+def _refuse_holes(seen: Tensor, lengths: Tensor) -> None:
+    """Refuse rows whose ones are not in one run; waits for the device."""
+    wrong = (seen.sum(dim=1) != torch.where(seen.any(dim=1), lengths, 0)).nonzero()
+    if len(wrong):
+        came = f"zeros among the ones of row {int(wrong[0])}"
+        refuse("attention_mask", came, "ones in one run in each row: the kernels read no other mask")
 
 
 def transformers_attention(
