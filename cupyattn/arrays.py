@@ -47,7 +47,7 @@ _NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16
 class View:
     """An array of any library, seen as memory. `strides` count elements; `dtype` is NumPy's name for it."""
 
-    array: Any  # the caller's own object
+    array: Any  # the caller's own object, of which the rest may describe a part: see `split_axis`
     pointer: int  # address of the first element; may be 0 for an empty array
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -55,7 +55,7 @@ class View:
     device: int  # -1: CPU, n: cuda:n
     library: str  # "numpy", "cupy", "torch", "jax" or "dlpack" (any other)
     readonly: bool
-    base: Any = None  # the NumPy or CuPy array over this memory, where the border had to make one
+    base: Any = None  # the NumPy or CuPy array of just this form, where the border had to make one
 
 
 def refuse(argument: str, got: object, expected: str, kind: type[Exception] = ValueError) -> NoReturn:
@@ -78,7 +78,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def view(x: Any, name: str = "array") -> View:
-    """The `View` of any array, without a copy. `name` is the argument's name, for complaints.
+    """The `View` of any array, or the one that came, without a copy. `name` is the argument's name, for complaints.
 
     Raises TypeError for an object that is no array, or whose memory cannot be addressed (sparse, traced,
     sharded, masked, on some other kind of device), and for a PyTorch tensor that records gradients.
@@ -365,7 +365,7 @@ def split_axis(found: View, axis: int) -> list[View]:
     shape, strides = (sizes[:axis] + sizes[axis + 1 :] for sizes in (found.shape, found.strides))
     form = shape, strides, found.dtype, found.device, found.library, found.readonly
     base, before = _worked_on(found), (slice(None),) * axis
-    step = found.strides[axis] * numpy_dtype(found.dtype).itemsize
+    step = found.strides[axis] * _itemsize(found.dtype)
     return [
         View(found.array, found.pointer + i * step, *form, None if base is None else base[(*before, i)])
         for i in range(found.shape[axis])
@@ -374,7 +374,21 @@ def split_axis(found: View, axis: int) -> list[View]:
 
 def _worked_on(found: View) -> Any:
     """The NumPy or CuPy array that must be cut like a view; None where its address is all that counts."""
-    return found.base if found.device >= 0 else host_array(found)
+    if found.device >= 0:
+        return found.base
+    try:
+        return host_array(found)
+    except TypeError:  # a dtype that NumPy lacks, which the kernels' own checks will refuse
+        return None
+
+
+@cache
+def _itemsize(dtype: str) -> int:
+    """Bytes of an element; 0 for a dtype that NumPy lacks."""
+    try:
+        return numpy_dtype(dtype).itemsize
+    except TypeError:
+        return 0
 
 
 # --------------------------------------------------------------------------------------------- arrays out
@@ -389,9 +403,9 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     strides = contiguous_strides(shape)
     if like.library == "torch":
         torch, source = sys.modules["torch"], like.array
-        alike = type(source) is torch.Tensor and (like.shape, like.strides, like.dtype) == (shape, strides, dtype)
-        if alike and source.shape == shape:  # a view may be a window onto its array
-            array = torch.empty_like(source)  # two thirds of the time that it takes to say all of it
+        if type(source) is torch.Tensor and like.dtype == dtype and source.shape == shape:
+            # Two thirds of the time that it takes to say all of it.
+            array = torch.empty_like(source, memory_format=torch.contiguous_format)
         else:
             array = torch.empty(shape, dtype=getattr(torch, dtype), device=source.device)
         return View(array, array.data_ptr(), shape, strides, dtype, like.device, "torch", False)

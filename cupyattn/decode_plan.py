@@ -104,14 +104,17 @@ class DecodePlan(PlannedCall):
         check: bool | None = None,
     ) -> None:
         queries, result = view(q, "q"), optional_view(out, "out")
+        if len(queries.shape) not in (3, 4):
+            expected = "(batch, seqlen_q, heads, head_dim), or (batch, heads, head_dim)"
+            refuse("q", f"{len(queries.shape)}-D shape {queries.shape}", expected)
         without_token = len(queries.shape) == 3
+        if without_token and result is not None:
+            if len(result.shape) != 3 or result.shape[:2] != queries.shape[:2]:
+                expected = f"({queries.shape[0]}, {queries.shape[1]}, head_dim of v_cache), as q has no axis of tokens"
+                refuse("out", f"shape {result.shape}", expected)
+            result = one_token(result)
         if without_token:
             queries = one_token(queries)
-            if result is not None and len(result.shape) != 3:
-                refuse(
-                    "out", f"shape {result.shape}", "(batch, heads, head_dim of v_cache), as q has no axis of tokens"
-                )
-            result = None if result is None else one_token(result)
         operands = Operands(queries, view(k_cache, "k_cache"), view(v_cache, "v_cache"), result)
         optional = k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table
         scales = read_cache_arguments(operands, *optional, alibi_slopes, sinks, k_scale, v_scale)

@@ -268,6 +268,26 @@ def in_library(library, array):
     return pytest.importorskip("jax.numpy").asarray(array)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 8, 64), (1, 4, 4, 16), (2, 8, 3, 64)])
+def test_new_arrays_are_contiguous_whatever_they_are_like(shape):
+    """Also where heads and tokens are as many, and the array has the window's shape but other strides."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.ones(shape, dtype=torch.float16)
+    for source in (tensor, tensor.transpose(1, 2), tensor.transpose(1, 2).contiguous().transpose(1, 2)):
+        for like in (view(source), heads_last(view(source))):
+            made = empty(like, like.shape, "float16")
+            assert (made.array.stride(), tuple(made.array.shape)) == (made.strides, made.shape)
+            assert made.strides == arrays.contiguous_strides(like.shape)
+
+
+def test_parts_of_what_numpy_has_no_name_for_are_left_to_the_kernels_checks():
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.complex32, torch.float8_e4m3fnuz):
+        whole = torch.empty(2, 3, 4, 8, dtype=dtype)
+        for found in (heads_last(view(whole)), *split_axis(view(whole), 1)):
+            assert found.dtype == str(dtype).removeprefix("torch.") and found.base is None
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_windows_onto_a_view_are_those_onto_its_array(library, dtype):

@@ -812,7 +812,8 @@ def fake_torch(monkeypatch, stream):
         version=types.SimpleNamespace(hip=None),
         float16="torch.float16",
         empty=lambda shape, dtype, device: Tensor(0xF0000000, shape),
-        empty_like=lambda tensor: Tensor(0xF0000000, tensor.shape),
+        contiguous_format="contiguous",
+        empty_like=lambda tensor, memory_format: Tensor(0xF0000000, tensor.shape),
         _C=types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: stream),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)

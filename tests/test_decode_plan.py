@@ -123,7 +123,7 @@ def test_queries_without_an_axis_of_tokens(backend, rng, return_lse):
     assert np.isnan(backend.get(wide)[:, 0]).all()
     with pytest.raises(ValueError, match=r"^q: got shape \(4, 1, 8, 64\), expected \(4, 8, 64\), as planned"):
         plan.run(backend.put(q), *here, **run, out=out)
-    with pytest.raises(ValueError, match=r"^out: got shape .*, expected \(batch, heads, head_dim of v_cache\)"):
+    with pytest.raises(ValueError, match=r"^out: got shape .*, expected \(4, 8, head_dim of v_cache\)"):
         DecodePlan(flat, *here, **run, **fixed, out=backend.put(q))
 
 
@@ -562,7 +562,8 @@ def torch(monkeypatch):
     made.float16, made.float32, made.int32 = map(np.dtype, ("float16", "float32", "int32"))
     made.device = lambda kind, index: (kind, index)
     made.empty = lambda shape, dtype, device: Tensor(at_address(0xE0000000, shape, dtype))
-    made.empty_like = lambda tensor: made.empty(tensor.shape, tensor.dtype, None)
+    made.contiguous_format = "contiguous"
+    made.empty_like = lambda tensor, memory_format: made.empty(tensor.shape, tensor.dtype, None)
     made._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made

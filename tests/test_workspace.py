@@ -4,11 +4,9 @@ import ctypes
 import threading
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from cupyattn.kernels import workspace
-from cupyattn.plan import COUNTER_BYTES
 
 NUMBERS = {0x10: 7, 0x20: 8}  # of streams, by handle
 CAPTURES = {0x20: 31}
@@ -59,26 +57,3 @@ def test_each_thread_has_its_own_default_stream(streams):
     thread.join()
     assert len(found) == 2
     assert workspace._identity(0) == workspace._identity(0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("again", [1, 2])
-def test_a_capture_takes_its_workspace_from_the_pool(again):
-    """In the stream's order, with counters that every replay clears; nothing else is asked of CUDA."""
-    import cupy
-
-    pool, stream, size = cupy.get_default_memory_pool(), cupy.cuda.Stream(non_blocking=True), 3 << 20
-    with stream:
-        used = pool.used_bytes()
-        stream.begin_capture()
-        found = workspace.workspace(0, stream.ptr, size)
-        assert workspace.workspace(0, stream.ptr, size // 2) is found
-        graph = stream.end_capture()
-        assert pool.used_bytes() - used >= size
-        counters = cupy.ndarray(COUNTER_BYTES, np.uint8, found._memory)
-        for _ in range(again):
-            counters.fill(7)
-            graph.launch(stream)
-            stream.synchronize()
-            assert not counters.any()
-    assert workspace.workspace(0, stream.ptr, size) is not found

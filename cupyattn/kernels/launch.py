@@ -18,7 +18,6 @@ from ..arrays import View, current_stream, empty
 from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, inline_capacity, plan, plan_append
 from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
-from .driver import stream_object
 from .operands import AppendOperands, Operands
 from .tensor_map import MAP_BYTES, encode
 from .workspace import Workspace, keep_if_captured, workspace
@@ -337,7 +336,7 @@ def on_stream_of(like: View) -> AbstractContextManager:
     Memory that CuPy allocates there is reused in that stream's order.
     """
     stream, (current, device) = current_stream(like), _current()
-    return nullcontext() if current().ptr == stream else stream_object(stream, device())
+    return nullcontext() if current().ptr == stream else _stream(stream, device())
 
 
 def enqueue(
@@ -385,3 +384,23 @@ def _current() -> tuple[Callable[[], cupy.cuda.Stream], Callable[[], int]]:
     import cupy
 
     return cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice
+
+
+class _Foreign:
+    """A stream of another library, by the protocol that CuPy asks for."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(pointer: int, device: int) -> cupy.cuda.Stream:
+    """CuPy's object for a stream of the current device, which is `device`."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14.1
+        return cupy.cuda.Stream.from_external(_Foreign(pointer))
+    return cupy.cuda.ExternalStream(pointer)

@@ -407,8 +407,8 @@ class _OfTensors:
         self.places = tuple([i for i, form in enumerate(self.forms) if form is not None])
         self.out_form = of_tensors(quick.out_form)
         self.empty = partial(torch.empty, device=torch.device("cuda", quick.device))
-        self.empty_like = torch.empty_like
-        self.like_q = self.forms[0] == self.out_form  # strides too: a new tensor gets those of the one it is like
+        self.empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+        self.like_q = self.forms[0] == self.out_form
         absent = [i for i, form in enumerate(self.forms) if form is None]
         self._present, self._absent = _picker(self.places), _picker(absent)
         self._nothing = (None,) * len(absent)

@@ -2,9 +2,8 @@
 
 A workspace starts with counters that are zero between launches: each launch leaves them so. One that a CUDA graph has
 captured is kept for good, because the graph may be replayed at any time; it is the capture's own, so that a replay
-never meets an eager call of the stream that it was captured on. It is of CuPy's pool, and each replay clears its
-counters first. Replays of one captured graph share it: they must follow one another, as a graph's replays on its own
-buffers must anyway.
+never meets an eager call of the stream that it was captured on. Replays of one captured graph share it: they must
+follow one another, as a graph's replays on its own buffers must anyway.
 
 Other memory that a launch needs for itself is kept in the same way where a graph has captured it.
 """
@@ -16,17 +15,15 @@ import functools
 import threading
 from typing import Any
 
-from ..plan import COUNTER_BYTES
-from .driver import driver, stream_object
+from .driver import driver
 
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _PER_THREAD = 2  # cudaStreamPerThread
-_CAPTURE = "capture"
 
 
 class Workspace:
-    """`size` bytes on a device, the counters at their beginning zero. `pointer` is their address."""
+    """`size` zeroed bytes on a device. `pointer` is their address."""
 
     __slots__ = ("pointer", "size", "_memory")
 
@@ -41,22 +38,6 @@ class Workspace:
             self._memory.memset_async(0, size, stream)
             stream.synchronize()
         self.pointer = self._memory.ptr
-
-
-class CapturedWorkspace(Workspace):
-    """The same for the launches that follow in a capture of `stream`, a stream of the current device."""
-
-    __slots__ = ()
-
-    def __init__(self, stream: int, size: int) -> None:
-        import cupy
-
-        self.size = size
-        with stream_object(stream, cupy.cuda.runtime.getDevice()):  # whose order the pool's memory is reused in
-            with outside_capture():
-                self._memory = cupy.cuda.alloc(size)
-            self.pointer = self._memory.ptr
-            cupy.cuda.runtime.memsetAsync(self.pointer, 0, min(size, COUNTER_BYTES), stream)
 
 
 _held: dict[tuple[int, int, str, int], Workspace] = {}
@@ -75,9 +56,7 @@ def workspace(device: int, stream: int, size: int) -> Workspace:
         if found is None or found.size < size:
             if found is not None:
                 _kept.append(found)
-            size = size if found is None else max(size, 2 * found.size)
-            captured = key[2] == _CAPTURE
-            _held[key] = found = CapturedWorkspace(stream, size) if captured else Workspace(device, size)
+            _held[key] = found = Workspace(device, size if found is None else max(size, 2 * found.size))
     return found
 
 
@@ -90,7 +69,7 @@ def _identity(stream: int) -> tuple[str, int]:
     if stream == 0:
         return "default", 0
     if capture := _capture_id(stream):
-        return _CAPTURE, capture
+        return "capture", capture
     if stream == _PER_THREAD:
         return "thread", threading.get_ident()
     number = ctypes.c_uint64()

@@ -670,3 +670,19 @@ def test_single_fp8(rng, lib):
     options = {"kv_dtype": "float8_e4m3fn", "causal": True, "k_scale": scale, "v_scale": 3.0}
     expected = oracle.attention_with_kvcache(q[None], stored[0][None], stored[1][None], **options)
     check_base2(expected, lib.get(out), lib.get(lse), "float16")
+
+
+@over_libs()
+def test_a_refused_plan_leaves_the_old_forward_its_arrays(rng, lib):
+    """`forward` plans the same sequences again: not over the table that came with a refused plan."""
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(lib.workspace())
+    p = paged(rng, [10, 33], 16, dtype="float16")
+    q, sizes = lib.put(normal(rng, (2, 8, 64), "float16")), (8, 2, 64, 16)
+    table = lib.put((p.indptr, p.indices, p.last))
+    wrapper.plan(*table, *sizes, data_type="float16")
+    cache = p.cache(lib)
+    expected = lib.get(wrapper.forward(q, cache, window_left=3))
+    own = lib.put(np.full((2, 5), 7, np.int32))
+    with pytest.raises(ValueError, match="block_tables: got an array, expected None beside ROPE_LLAMA"):
+        wrapper.plan(*table, *sizes, pos_encoding_mode="ROPE_LLAMA", data_type="float16", block_tables=own)
+    assert (lib.get(wrapper.forward(q, cache, window_left=3)) == expected).all()

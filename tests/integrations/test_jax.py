@@ -790,3 +790,6 @@ def test_addresses_are_those_of_xlas_buffers(rng):
         made = calls.buffer_callback(look, (jax.ShapeDtypeStruct(x.shape, x.dtype),))(x)
         jax.block_until_ready(made)
     assert len(seen) == 2 and all(own == numpys != {0} for own, numpys in seen)
+    array = np.ones(3)
+    assert calls._by_asking(array) == calls._by_layout(array) == array.ctypes.data
+    assert calls.address_of is (calls._by_layout if sys.implementation.name == "cpython" else calls._by_asking)

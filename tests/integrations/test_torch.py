@@ -279,6 +279,8 @@ def test_as_pytorchs_in_other_forms(rng, device):
         (q, k, v[..., :16]),  # values of another width
         [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
         [x[:1].expand(2, -1, -1, -1) for x in (q, k, v)],
+        [x[:, :, :4] for x in (q, k, v)],  # as many tokens as heads, which lie behind them or before
+        [x[:, :, :4].transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
     ):
         expected = ask(*given, is_causal=True)
         out = ours.scaled_dot_product_attention(*given, is_causal=True)

@@ -373,6 +373,6 @@ def parts(name: str, packed: Array, count: int, form: str, as_arrays: bool) -> S
     found = view(packed, name)
     if len(found.shape) != form.count(",") + 1 or found.shape[-3] != count:
         refuse(name, f"shape {found.shape}", form)
-    if as_arrays or found.strides[-1] != 1:  # which would be copied
+    if as_arrays or found.strides[-1] != 1:  # of which `named` makes copies
         return [packed[..., i, :, :] for i in range(count)]
     return split_axis(found, len(found.shape) - 3)

@@ -179,7 +179,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
 
         Args:
             indptr: int32 (batch + 1,), starting at 0, never decreasing: entries indptr[b] to indptr[b + 1] of indices
-                are the pages of sequence b. Waited for if it is on a device, as is last_page_len.
+                are the pages of sequence b. Waited for if it is on a device, as is last_page_len; what is on a device
+                is read once more by work that is queued when this returns.
             indices: int32 (indptr[-1],) page ids, or more. Compared with the cache where they are on the host; on CUDA
                 only if CUPYATTN_CHECK=1 asks for it, which waits for the device.
             last_page_len: int32 (batch,), 1 to page_size tokens in each last page.
@@ -244,6 +245,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             refuse("last_page_len", f"a sequence of {int(pages.lengths.min())} tokens", expected)
         if block_tables is not None:
             check_table(block_tables, pages, self._home.library.device)
+            if options.rotates:
+                pages.ids()  # which there are not, and that is refused before anything changes
         tables = self._tables if self._fixed is None else self._fixed.tables_for(options, pages)
         tables.make_room(pages, block_tables)
         home, layout = self._home, self._kv_layout

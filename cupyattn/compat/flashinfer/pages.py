@@ -28,11 +28,10 @@ class Names:
 
 
 PREFILL_NAMES = Names("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
-_LARGE_TABLE = 1 << 26  # elements of int32
 APPEND_NAMES = Names("kv_indptr", "kv_indices", "kv_last_page_len")
+_LARGE_TABLE = 1 << 26  # elements of int32
 
-
-IndexArray = "np.ndarray | View"
+IndexArray = np.ndarray | View
 """int32 (n,), contiguous: a NumPy array on the host, or the view of an array on the device."""
 
 

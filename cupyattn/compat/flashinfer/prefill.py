@@ -419,6 +419,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             if block_tables is not None:
                 check_table(block_tables, pages, device)
             there, queries = if_there(qo_indptr, found_starts), self._describe(options, starts, counts, masks)
+            if block_tables is not None and (options.rotates or queries.masks is not None):
+                pages.ids()  # which there are not, and that is refused before anything changes
             self._take_in(options, queries, there, pages, block_tables)
 
     begin_forward = plan
@@ -497,7 +499,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         """
         if args:
             refuse("args", f"{len(args)} arguments", "none: there are no kernels of the caller's own", TypeError)
-        if not kv_cache_sf is skip_softmax_threshold_scale_factor is use_fp16_softmax is uses_spcompress is None:
+        others = skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
+        if kv_cache_sf is not None or others != (None, None, None):
             refuse_given(
                 "prefill",
                 kv_cache_sf=kv_cache_sf,

@@ -167,7 +167,8 @@ class _Plan(PlannedCall):
 
 
 def _by_asking(buffer: Buffer) -> int:
-    return _words[_pointer_in(buffer.__dlpack__(), b"dltensor") >> 3]
+    capsule = buffer.__dlpack__()  # what it points to is gone with it
+    return _words[_pointer_in(capsule, b"dltensor") >> 3]
 
 
 def _by_layout(buffer: Buffer) -> int:

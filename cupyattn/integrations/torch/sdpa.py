@@ -122,6 +122,8 @@ def _complaint(
         return "scale", f"a {type(scale).__name__}", "a number or None"
     recorded = torch.is_grad_enabled()
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            return name, None if tensor is None else f"a {type(tensor).__name__}", "a tensor"
         if recorded and tensor.requires_grad:
             came = "a tensor that requires grad, while gradients are recorded"
             return (
