@@ -362,14 +362,14 @@ def one_token(found: View) -> View:
 
 def split_axis(found: View, axis: int) -> list[View]:
     """The views of an array's parts along an axis, which they do not have. It is counted from the front."""
+    count, step = found.shape[axis], found.strides[axis] * _itemsize(found.dtype)
     shape, strides = (sizes[:axis] + sizes[axis + 1 :] for sizes in (found.shape, found.strides))
     form = shape, strides, found.dtype, found.device, found.library, found.readonly
-    base, before = _worked_on(found), (slice(None),) * axis
-    step = found.strides[axis] * _itemsize(found.dtype)
-    return [
-        View(found.array, found.pointer + i * step, *form, None if base is None else base[(*before, i)])
-        for i in range(found.shape[axis])
-    ]
+    base, pointer = _worked_on(found), found.pointer
+    if base is None:
+        return [View(found.array, pointer + i * step, *form) for i in range(count)]
+    before = (slice(None),) * axis
+    return [View(found.array, pointer + i * step, *form, base[(*before, i)]) for i in range(count)]
 
 
 def _worked_on(found: View) -> Any:

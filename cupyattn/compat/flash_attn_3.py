@@ -75,7 +75,7 @@ def flash_attn_func(
     """
     _refuse_missing(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     masks = masks_of(causal, window_size, softmax_scale, softcap, None)
-    return named(_NAMES, attention, q, k, v, return_lse=return_attn_probs, **masks)
+    return named(_NAMES, attention, (q, k, v), {**masks, "return_lse": return_attn_probs})
 
 
 def flash_attn_qkvpacked_func(
@@ -106,7 +106,7 @@ def flash_attn_qkvpacked_func(
         q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)", as_arrays=False)
     masks = masks_of(causal, window_size, softmax_scale, softcap, None)
     names = QKV_NAMES | {"return_lse": "return_attn_probs"}
-    return named(names, attention, q, k, v, return_lse=return_attn_probs, **masks)
+    return named(names, attention, (q, k, v), {**masks, "return_lse": return_attn_probs})
 
 
 def flash_attn_varlen_func(
@@ -153,20 +153,13 @@ def flash_attn_varlen_func(
     """
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     _refuse_missing(attention_chunk, qv=qv, seqused_q=seqused_q, **descales)
-    return named(
-        _NAMES,
-        attention_varlen,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-        return_lse=return_attn_probs,
-        **masks_of(causal, window_size, softmax_scale, softcap, None),
-    )
+    options = masks_of(causal, window_size, softmax_scale, softcap, None) | {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+        "return_lse": return_attn_probs,
+    }
+    return named(_NAMES, attention_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
 
 
 def flash_attn_with_kvcache(

@@ -72,9 +72,15 @@ def cache_masks(
     return_softmax_lse: bool,
 ) -> dict[str, Any]:
     """`masks_of` with what only a step over a cache has."""
-    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    masks["sinks"], masks["return_lse"] = learnable_sink, return_softmax_lse
-    return masks
+    return {
+        "causal": causal,
+        "window": _window(window_size),
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": learnable_sink,
+        "return_lse": return_softmax_lse,
+    }
 
 
 def attend_cache(
@@ -113,29 +119,25 @@ def attend_cache(
         if block_table is None and cache_batch_idx is not None:
             names = names | {"block_table": "cache_batch_idx"}  # which is what becomes of it
         places = (cu_seqlens_q, max_seqlen_q, cache_seqlens, cache_batch_idx, block_table)
-        return named(names, _packed_queries, q, k_cache, v_cache, *places, masks), True
+        return named(names, _packed_queries, (q, k_cache, v_cache, *places, masks)), True
     if block_table is None and cache_batch_idx is None:
         k_cache, v_cache = _first_entries(q, k_cache, v_cache)
-    results = named(
-        names,
-        attention_with_kvcache,
-        q,
-        k_cache,
-        v_cache,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        k_scale=k_descale,
-        v_scale=v_descale,
-        num_splits=num_splits,
+    options = {
         **masks,
-    )
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+        "k_scale": k_descale,
+        "v_scale": v_descale,
+        "num_splits": num_splits,
+    }
+    results = named(names, attention_with_kvcache, (q, k_cache, v_cache), options)
     if not masks["return_lse"]:
         return results, False
     fewest = 0 if cache_leftpad is not None else _fewest_keys(k_cache, k, cache_seqlens, block_table)

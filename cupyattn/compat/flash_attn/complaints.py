@@ -11,10 +11,13 @@ from ...arrays import refuse
 _SCATTERED = re.compile(r"([qkv]): got stride -?\d+ in the last dimension")
 _COMPLAINT = re.compile(r"\w+: got ")
 _NAME = re.compile(r"\b[a-z]\w*\b")
+_NONE: Mapping[str, Any] = {}
 _NO_ARGUMENT_HERE = re.compile(r", (?:or|with) (?:layout|kv_dtype|kernel)=.*")
 
 
-def named(names: Mapping[str, str], function: Callable[..., Any], *arrays: Any, **options: Any) -> Any:
+def named(
+    names: Mapping[str, str], function: Callable[..., Any], arrays: tuple[Any, ...], options: Mapping[str, Any] = _NONE
+) -> Any:
     """function(*arrays, **options), a function of this library whose complaints are to name arguments otherwise.
 
     q, k and v, by position unless they are options, are copied if their head_dim is not contiguous, as flash_attn does.
@@ -28,9 +31,9 @@ def named(names: Mapping[str, str], function: Callable[..., Any], *arrays: Any, 
             raise
     name = scattered[1]
     if name in options:
-        return named(names, function, *arrays, **options | {name: _copied(options[name])})
+        return named(names, function, arrays, {**options, name: _copied(options[name])})
     place = "qkv".index(name)
-    return named(names, function, *arrays[:place], _copied(arrays[place]), *arrays[place + 1 :], **options)
+    return named(names, function, (*arrays[:place], _copied(arrays[place]), *arrays[place + 1 :]), options)
 
 
 def _copied(array: Any) -> Any:

@@ -283,7 +283,10 @@ def flash_attn_with_kvcache(
     >>> out.shape, float(k_cache[0, 5, 0, 0])
     ((1, 1, 8, 64), 1.0)
     """
-    block_table = either("block_table", block_table, "page_table", page_table)
+    if page_table is not None:
+        block_table = either("block_table", block_table, "page_table", page_table)
+    if seqused_k is not None:
+        cache_seqlens = either("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
     masks = cache_masks(causal, window_size, softmax_scale, softcap, alibi_slopes, learnable_sink, return_softmax_lse)
     results, may_lack_keys = attend_cache(
         q,
@@ -294,7 +297,7 @@ def flash_attn_with_kvcache(
         rotary_cos,
         rotary_sin,
         rotary_interleaved,
-        either("cache_seqlens", cache_seqlens, "seqused_k", seqused_k),
+        cache_seqlens,
         cache_batch_idx,
         cache_leftpad,
         block_table,
@@ -322,11 +325,11 @@ def _dense(
     """`attention`, and what flash_attn returns beside the output if that is asked for."""
     refuse_dropout(dropout_p)
     if not return_attn_probs:
-        return named(names, attention, q, k, v, **masks)
-    results = named(names, attention, q, k, v, return_lse=True, **masks)
+        return named(names, attention, (q, k, v), masks)
+    results = named(names, attention, (q, k, v), {**masks, "return_lse": True})
     if may_be_blind(q.shape[1], k.shape[1], masks["causal"], masks["window"]):
         results = _with_lse(results)
-    return *results, named(names, probabilities, q, k, masks)
+    return *results, named(names, probabilities, (q, k, masks))
 
 
 def _varlen(
@@ -342,24 +345,17 @@ def _varlen(
     """`attention_varlen`, as `_dense`. places: the arguments between v and dropout_p, and block_table."""
     refuse_dropout(dropout_p)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table = places
-    results = named(
-        names,
-        attention_varlen,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        block_table=block_table,
-        return_lse=bool(return_attn_probs),
-        check=True if return_attn_probs else None,  # they are waited for and read all the same
-        **masks,
-    )
+    options = masks | {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "block_table": block_table,
+        "return_lse": bool(return_attn_probs),
+        "check": True if return_attn_probs else None,  # they are waited for and read all the same
+    }
+    results = named(names, attention_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
     if not return_attn_probs:
         return results
-    return *_with_lse(results), named(names, varlen_probabilities, q, k, *places, masks)
+    return *_with_lse(results), named(names, varlen_probabilities, (q, k, *places, masks))
 
 
 def _with_lse(results: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -152,6 +152,8 @@ class _Plan(PlannedCall):
         self._operands = found.operands(device)
         roles = tuple([(form.name_of(role), role) for role in ROLES])
         self._prepare(self._operands, form.positional(), form.names, roles, False)
+        if self._planned is not None:
+            self._planned.trust_addresses()
 
     def at(
         self, addresses: list[tuple[int, int]], out: int, lse: int, length: int, stream: int, captured: bool

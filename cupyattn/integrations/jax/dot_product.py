@@ -63,7 +63,7 @@ def dot_product_attention(
     if not batched:
         query, key, value = query[None], key[None], value[None]
     options = {"softmax_scale": scale, "return_lse": True}
-    out, lse = named(_NAMES, _attend, query, key, value, key_value_seq_lengths, *sides, options)
+    out, lse = named(_NAMES, _attend, (query, key, value, key_value_seq_lengths, *sides, options))
     lse = lse.swapaxes(1, 2).astype(out.dtype)
     if query_seq_lengths is not None:
         used = jnp.arange(query.shape[1]) < jnp.asarray(query_seq_lengths)[:, None]

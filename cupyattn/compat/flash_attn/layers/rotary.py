@@ -47,4 +47,4 @@ def apply_rotary_emb(
     True
     """
     where = {"offsets": seqlen_offsets, "interleaved": interleaved, "cu_seqlens": cu_seqlens}
-    return named(_NAMES, apply_rotary, x, cos, sin, **where, out=x if inplace else None)
+    return named(_NAMES, apply_rotary, (x, cos, sin), {**where, "out": x if inplace else None})
