@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RECORD = ROOT / "notebooks" / "results" / "prefill.json"
 DECODE_RECORD = ROOT / "notebooks" / "results" / "decode.json"
+HOST_RECORDS = tuple(ROOT / "notebooks" / "results" / f"{name}.json" for name in ("compat", "integrations"))
 
 
 def blocks(language: str) -> list[str]:
@@ -212,6 +213,30 @@ def test_decode_numbers_are_those_of_the_record():
         assert f"| {peer} | all | {line['geometric_mean']:.2f} | {line['minimum']:.2f} (" in "".join(rows[0])
     assert f"in {sum(cell['section'] == 'grid' for cell in record['cells'])} shapes" in README
     assert record["machine"]["gpu"] in README
+
+
+def host_rows() -> tuple[list[str], list[str]]:
+    """The rows of the README's tables on the host's time: of the front doors, and what the integrations add."""
+    compat, integrations = (json.loads(path.read_text()) for path in HOST_RECORDS)
+
+    def us(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    sides = [{row["what"]: row for row in compat["rows"] if row["library"] == name} for name in ("cupy", "torch")]
+    doors = []
+    for what, ours in sides[0].items():
+        theirs = sides[1][what]
+        figures = [row[name] for row in (ours, theirs) for name in ("us", "native_us")] + [theirs["flashinfer_us"]]
+        doors.append(f"| {what} | {' | '.join(map(us, figures))} |")
+    return doors, [f"| {each['what']} | {each['value']:.3g} |" for each in integrations["findings"]]
+
+
+def test_host_times_are_those_of_the_records():
+    rows = host_rows()
+    quoted = tables("### What the ways in cost the host")
+    assert quoted == list(rows), "paste these:\n" + "\n\n".join(map("\n".join, rows))
+    for path in HOST_RECORDS:
+        assert json.loads(path.read_text())["machine"]["gpu"] in README
 
 
 def test_decode_notebook_shows_the_record():
