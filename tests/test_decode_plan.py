@@ -630,9 +630,12 @@ OTHERS = {
     "array": lambda x, torch: x.numpy(),
     "nothing": lambda x, torch: None,
     "device": lambda x, torch: x.to("meta"),
+    "nested": lambda x, torch: torch.nested.nested_tensor([x[0], x[1, :4]], dtype=x.dtype),  # would end the process
+    "sparse": lambda x, torch: x.to_sparse(),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("change", [*IN_PLACE.items(), *OTHERS.items()], ids=lambda change: change[0])
 def test_tensors_that_are_compared_at_once_are_alike_in_every_way(monkeypatch, change):
     """With PyTorch's own tensors, which on the CPU have no other difference from those that a plan takes."""
@@ -656,8 +659,38 @@ def test_tensors_that_are_compared_at_once_are_alike_in_every_way(monkeypatch, c
     else:
         other = turn(given[0], torch)
     assert not of_tensors.alike((other, *given[1:]))
+    twice = given[0], None, given[0], None
+    assert of_tensors.fit(twice, False) and not of_tensors.alike(twice), "such are looked at one by one"
     if kind == "gradients":
         assert of_tensors.fit(given, False) and not of_tensors.alike(given), "they may not be recorded the next time"
+
+
+def test_tensors_without_memory_are_not_launched_on(driver, torch, monkeypatch):
+    """Also in a thread that has launched nothing yet, where all else is as it was."""
+    q, *caches = (at_address(at, shape) for at, shape in ((0x100000, (4, 1, 8, 64)), *[(0x200000, (4, 80, 2, 64))] * 2))
+    plan, tensors = DecodePlan(q, *caches), [Tensor(x) for x in (q, *caches)]
+    assert quick(plan, tensors) is not None
+    monkeypatch.setattr(planned._OfTensors, "alike", lambda self, given: True)
+    launched, tensors[0].pointer = len(driver.launches), 0
+    with ThreadPoolExecutor(1) as pool:
+        assert quick(plan, tensors) is pool.submit(quick, plan, tensors).result() is None
+    assert len(driver.launches) == launched
+
+
+@pytest.mark.parametrize("breaks", ["made", "asked"])
+def test_another_pytorch_without_that_comparison(monkeypatch, breaks):
+    def guards(*tensors, dynamic_dims_sizes, dynamic_dims_strides):
+        if breaks == "made":
+            raise TypeError("another signature")
+        return types.SimpleNamespace(check=lambda *tensors: 1 // 0)
+
+    form = (4, 8), (16, 2), np.dtype("float16"), 0
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", guards)
+    of_tensors = planned._OfTensors(torch, types.SimpleNamespace(forms=[form], out_form=form, device=0))
+    monkeypatch.setattr(planned._OfTensors, "address_of", lambda self, tensor, form, records: 4096)
+    for _ in "12":
+        assert of_tensors.fit((torch.ones(4, 8),), True) and not of_tensors.alike((torch.ones(4, 8),))
 
 
 def test_what_came_between_is_not_left_in_the_argument(driver):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -160,6 +161,8 @@ class _Door(DistributionFinder):
 
     def find_distributions(self, context: DistributionFinder.Context) -> Iterator[Distribution]:
         """What callers ask the metadata for, to learn whether the library is there and which arguments it has."""
+        if "path" in vars(context):  # of somewhere else
+            return
         if context.name is None or _plain(context.name) == _plain(self._metadata.project):
             yield self._metadata
 
@@ -168,7 +171,7 @@ def _plain(distribution: str) -> str:
     return distribution.lower().replace("_", "-")
 
 
-@dataclass
+@dataclass(eq=False)  # and so with a hash, as other distributions
 class _Metadata(Distribution):
     """Name and version, the module that there is, and no files."""
 
@@ -181,4 +184,4 @@ class _Metadata(Distribution):
         return {"METADATA": head, "top_level.txt": f"{self.module}\n"}.get(filename)
 
     def locate_file(self, path: Any) -> Any:
-        raise FileNotFoundError(f"{path}: {self.project} is cupyattn.compat here, and has no files of its own")
+        return Path(f"<cupyattn.compat as {self.project}>", path)  # where there is nothing

@@ -172,9 +172,9 @@ class Planned:
         held = argument.addresses
         for i in of_tensors.places:
             address = tensors[i].data_ptr()
+            if not address:  # its memory was given back
+                return None
             if address != held[i]:
-                if not address:  # its memory was given back
-                    return None
                 argument.put(i, address, _never)
         if out is not None:
             address = of_tensors.address_of(out, of_tensors.out_form, records)
@@ -428,7 +428,14 @@ class _OfTensors:
     def alike(self, tensors: tuple[Any, ...]) -> bool:
         """Whether they are in every way but their addresses like the last that `fit`."""
         compare = self._compare
-        return compare is not None and self._absent(tensors) == self._nothing and compare(*self._present(tensors))
+        if compare is None or self._absent(tensors) != self._nothing:
+            return False
+        present = self._present(tensors)
+        try:
+            # The comparison of a nested tensor ends the process: PyTorch's C++ asks it for strides.
+            return not any([tensor.is_nested for tensor in present]) and compare(*present)
+        except Exception:  # of what is no tensor, or of another version of PyTorch: then all go the long way
+            return False
 
     def fit(self, tensors: tuple[Any, ...], records: bool) -> bool:
         """Whether each is of its form; records: whether gradients are."""
@@ -436,8 +443,13 @@ class _OfTensors:
             if (tensor is not None or form is not None) and self.address_of(tensor, form, records) is None:
                 return False
         present = self._present(tensors)
-        if self._guards is not None and not any([tensor.requires_grad for tensor in present]):
+        twice = len({*map(id, present)}) < len(present)  # the comparison wants each tensor once
+        if self._guards is None or twice or any([tensor.requires_grad for tensor in present]):
+            return True
+        try:
             self._compare = self._guards(*present, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        except Exception:  # of another version of PyTorch
+            self._guards = None
         return True
 
     def new_out(self, q: Any) -> Any:

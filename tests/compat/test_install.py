@@ -169,6 +169,9 @@ def test_the_version_in_the_metadata(name, distributions, version):
     with install_as(name):
         assert [importlib.metadata.version(distribution) for distribution in distributions] == [version] * len(before)
         assert {*distributions} & {*importlib.metadata.packages_distributions()[name]}, "as transformers looks for it"
+        found = set(importlib.metadata.distributions())
+        assert not any(one.locate_file("x").exists() for one in found if one.name in distributions)
+        assert not list(importlib.metadata.distributions(path=["/nowhere"]))
         assert importlib.metadata.version("numpy") and _version("no-such-thing") is None
     assert [_version(distribution) for distribution in distributions] == before
 

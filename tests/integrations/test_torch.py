@@ -242,6 +242,56 @@ def test_gradients_are_refused_in_a_sentence(rng, name):
         compiled(lambda **x: ours.attention(**x))(**given)
 
 
+def test_gradients_by_transformations_are_refused(rng):
+    """Where the tensors inside require none."""
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
+
+    def total(q, attend=torch.ops.cupyattn.attention):
+        return attend(q, k, v)[0].sum()
+
+    for take in (torch.func.grad, torch.func.jacrev, lambda f: lambda x: torch.func.vjp(f, x)[1](torch.ones(()))):
+        with refused("q", "requires grad", "no backward pass", TypeError):
+            take(total)(q)
+    with pytest.raises(Exception, match="q: got a tensor that requires grad"):
+        torch.compile(lambda q: torch.func.grad(lambda x: total(x, ours.attention))(q), backend="eager")(q)
+    mapped = torch.vmap(lambda x: torch.ops.cupyattn.attention(x[None], k[:1], v[:1])[0][0])(q)
+    torch.testing.assert_close(mapped, ours.attention(q, k[:1].expand_as(k), v[:1].expand_as(v)))
+
+
+def test_caches_that_are_written_count_as_changed(rng):
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
+    weight = torch.ones_like(k, requires_grad=True)
+    product = (weight * k).sum()
+    with torch.no_grad():
+        new = {"k": k[:, :1].clone(), "v": v[:, :1].clone(), "uniform_length": 3}
+        torch.ops.cupyattn.append_and_attend(q[:, :1], k, v, **new)
+    assert (k._version, v._version) == (1, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        torch.ops.cupyattn.append_and_attend(q[:, :1], k.clone(), v.clone(), **new)
+
+
+def test_sparse_tensors_are_named_by_operators(rng):
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
+    with refused("k", "a sparse tensor", "strided", TypeError):
+        torch.ops.cupyattn.attention(q, k.to_sparse(), v)
+
+
+def test_a_second_import_defines_the_operators_again():
+    program = """
+import sys, torch
+import cupyattn.integrations.torch
+for name in [name for name in sys.modules if name.startswith("cupyattn")]:
+    del sys.modules[name]
+from cupyattn.integrations.torch import attention
+q = torch.ones(1, 2, 3, 8)
+assert torch.equal(torch.ops.cupyattn.attention(q, q, q)[0], attention(q, q, q))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_gradients_of_appended_rows_are_refused(rng):
     q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
     new = {"k": k[:, :1].clone().requires_grad_(), "v": v[:, :1].clone(), "cache_seqlens": 3}
@@ -417,6 +467,14 @@ def test_masks_with_holes_are_refused():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     bounds = padding_bounds(3, 4, 4, attention_mask=mask)
     assert bounds[:, 0, 0].tolist() == [[1, 3], [0, 0], [0, 4]]
+    assert torch.equal(padding_bounds(3, 4, 4, attention_mask=2 * mask), bounds)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert padding_bounds(3, 4, 4, attention_mask=torch.ones(3, 4)).shape == bounds.shape
+    assert padding_bounds(3, 4, 4, attention_mask=mask.to("meta")).shape == bounds.shape
+    mapped = torch.vmap(lambda row: padding_bounds(3, 4, 4, attention_mask=row))(torch.stack([mask, mask]))
+    assert torch.equal(mapped, torch.stack([bounds, bounds]))
     mask[2, 1] = 0
     with refused("attention_mask", "zeros among the ones of row 2", "ones in one run"):
         padding_bounds(3, 4, 4, attention_mask=mask)

@@ -500,7 +500,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         if args:
             refuse("args", f"{len(args)} arguments", "none: there are no kernels of the caller's own", TypeError)
         others = skip_softmax_threshold_scale_factor, use_fp16_softmax, uses_spcompress
-        if kv_cache_sf is not None or others != (None, None, None):
+        if kv_cache_sf is not None or any(given is not None for given in others):
             refuse_given(
                 "prefill",
                 kv_cache_sf=kv_cache_sf,

@@ -40,14 +40,25 @@ Given = dict[str, Any]
 Results = tuple[Tensor, Tensor]
 
 
-_LIBRARY = torch.library.Library("cupyattn", "FRAGMENT")
+def _library() -> torch.library.Library:
+    """Where the operators are defined. What an earlier import of this module has defined is taken back."""
+    earlier = vars(torch.library).get(_KEPT)
+    if earlier is not None:
+        earlier._destroy()
+    made = torch.library.Library("cupyattn", "FRAGMENT")
+    setattr(torch.library, _KEPT, made)
+    return made
 
 
-def _operator(name: str, arguments: str, function: Callable[..., Any]) -> Any:
+_KEPT = "_cupyattn_operators"
+_LIBRARY = _library()
+
+
+def _operator(name: str, arguments: str, function: Callable[..., Any], writes: tuple[str, ...] = ()) -> Any:
     """The operator cupyattn::name, which calls the function.
 
-    It is defined without `torch.library.custom_op`, whose own work takes the host longer than the function. So it has
-    no rule for gradients: tensors that require them are refused where the function, or a tracer, looks at them.
+    It is defined without `torch.library.custom_op`, whose own work takes the host longer than the function. What that
+    does beside is done here: gradients are refused, and tensors that are written to count as changed.
     """
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
     theirs = [_OTHERWISE.get(name, name) for name in names]
@@ -58,7 +69,16 @@ def _operator(name: str, arguments: str, function: Callable[..., Any]) -> Any:
             if value is not None:
                 given[_OTHERWISE.get(other, other)] = value
         results = function(**given)
+        if writes:
+            torch.autograd.graph.increment_version([given[name] for name in writes])
         return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
+
+    def refuse_recorded(*values: Any, **more: Any) -> Results:
+        """In front of `run`, where PyTorch records gradients and its transformations take them."""
+        if torch.is_grad_enabled():
+            refuse_gradients(dict(zip(names, values, strict=False)) | more)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*values, **more)
 
     def fake(*values: Any, **more: Any) -> Results:
         given = dict(zip(names, values, strict=False)) | more
@@ -67,10 +87,11 @@ def _operator(name: str, arguments: str, function: Callable[..., Any]) -> Any:
         return _fake(given)
 
     _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-    for backend in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, backend)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, refuse_recorded, "Autograd")
     torch.library.register_fake(f"cupyattn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cupyattn, name).default
+    operator = getattr(torch.ops.cupyattn, name).default
+    return operator
 
 
 def _fake(given: Given) -> Results:
@@ -108,4 +129,5 @@ append_and_attend = _operator(
     "append_and_attend",
     f"Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_STEP}, {_MASKS}",
     attention_with_kvcache,
+    ("k_cache", "v_cache"),
 )

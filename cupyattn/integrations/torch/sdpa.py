@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -183,7 +183,7 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
     torch.Size([1, 4, 16, 64])
     """
 
-    def __init__(self, devices: Sequence[str] = ("cuda",), strict: bool = False) -> None:
+    def __init__(self, devices: Iterable[str] = ("cuda",), strict: bool = False) -> None:
         super().__init__()
         self._multi_head = _multi_head_attention_over(self._call)
         self.devices = _types_of(devices)
@@ -227,12 +227,11 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
         return _torchs(query, key, value, attn_mask, dropout_p, **options)
 
 
-def _types_of(devices: Sequence[str]) -> tuple[str, ...]:
-    types = (devices,) if isinstance(devices, str) else devices
-    known = isinstance(types, (tuple, list)) and all(kind in ("cuda", "cpu") for kind in types)
-    if not known or not types:
+def _types_of(devices: Iterable[str]) -> tuple[str, ...]:
+    types = (devices,) if isinstance(devices, str) else tuple(devices) if isinstance(devices, Iterable) else ()
+    if not types or not all(kind in ("cuda", "cpu") for kind in types):
         refuse("devices", repr(devices), "types of devices, as ('cuda',) or ('cuda', 'cpu')")
-    return tuple(types)
+    return types
 
 
 def _multi_head_attention_over(ask: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ...arrays import refuse
 from ...attention import checking
@@ -68,12 +69,18 @@ def padding_bounds(
             return None
         begins = torch.zeros(batch_size, dtype=torch.int32, device=device)
         return torch.stack([begins, begins + end], dim=1).int()[:, None, None]
-    seen = attention_mask[:, -kv_length:].int()
+    seen = (attention_mask[:, -kv_length:] != 0).int()
     begins = seen.argmax(dim=1)
     ends = torch.where(seen.any(dim=1), seen.shape[1] - seen.flip(1).argmax(dim=1), 0)
-    if checking(None, seen.get_device()) and not torch.compiler.is_compiling():
+    if _has_values(attention_mask) and checking(None, seen.get_device()):
         _refuse_holes(seen, ends - begins)
     return torch.stack([begins, ends], dim=1).int()[:, None, None]
+
+
+def _has_values(mask: Tensor) -> bool:
+    """Whether it is a tensor to be read now, not one that some tracer or transformation passes through."""
+    traced = type(mask) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and mask.device.type in ("cpu", "cuda") and not is_functorch_wrapped_tensor(mask)
 
 
 def _refuse_holes(seen: Tensor, lengths: Tensor) -> None:
