@@ -404,7 +404,7 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     if like.library == "torch":
         torch, source = sys.modules["torch"], like.array
         if type(source) is torch.Tensor and like.dtype == dtype and source.shape == shape:
-            # Two thirds of the time that it takes to say all of it.
+            # Sooner done than to say all of it.
             array = torch.empty_like(source, memory_format=torch.contiguous_format)
         else:
             array = torch.empty(shape, dtype=getattr(torch, dtype), device=source.device)

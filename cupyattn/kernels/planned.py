@@ -397,8 +397,8 @@ class _Quick:
 class _OfTensors:
     """The same for PyTorch's tensors.
 
-    To look at a tensor's attributes takes half a microsecond. PyTorch can compare several tensors at once with what
-    others were like, for its compiler; that takes a fifth, and is told of tensors that have passed the long way.
+    To look at a tensor's attributes one by one takes as long as a good part of a launch. PyTorch can compare several
+    tensors at once with what others were like, for its compiler: it is told of tensors that have passed the long way.
     """
 
     __slots__ = ("kind", "forms", "places", "out_form", "empty", "empty_like", "like_q")
@@ -455,7 +455,7 @@ class _OfTensors:
     def new_out(self, q: Any) -> Any:
         """A tensor of the output's form."""
         if self.like_q:
-            return self.empty_like(q)  # two thirds of the time that it takes to say what it is to be like
+            return self.empty_like(q)  # sooner done than to say what it is to be like
         return self.empty(self.out_form[0], dtype=self.out_form[2])
 
     def address_of(self, tensor: Any, form: _Form | None, records: bool) -> int | None:

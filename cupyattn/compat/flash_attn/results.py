@@ -39,7 +39,7 @@ def flash_attn_lse(lse: Array) -> Array:
 
 @cache
 def _without_minus() -> Any:
-    """CuPy's nan_to_num takes five kernels for what this one does."""
+    """CuPy's nan_to_num takes several kernels for what this one does."""
     import cupy
 
     return cupy.ElementwiseKernel("T lse", "T out", "out = isinf(lse) ? abs(lse) : lse", "cupyattn_flash_attn_lse")

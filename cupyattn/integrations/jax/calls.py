@@ -179,7 +179,7 @@ def _by_layout(buffer: Buffer) -> int:
 
 
 def _quickest() -> Callable[[Buffer], int]:
-    """To ask Python for a capsule's pointer takes three times as long as to read it behind the capsule's head."""
+    """To ask Python for a capsule's pointer takes longer than to read it behind the capsule's head."""
     array = np.empty(1)
     known = sys.implementation.name == "cpython" and sys.byteorder == "little" and object.__basicsize__ in (16, 32)
     return _by_layout if known and _by_layout(array) == _by_asking(array) == array.ctypes.data else _by_asking
