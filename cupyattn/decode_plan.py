@@ -40,8 +40,7 @@ class DecodePlan(PlannedCall):
     current when it was made; what a graph has captured is kept for good.
 
     Where q is planned as (batch, heads, head_dim), one query for each sequence, runs take it so, and give out (batch,
-    heads, head_dim of v_cache) and lse (batch, heads): to give an array another shape costs the host as much as a
-    launch.
+    heads, head_dim of v_cache) and lse (batch, heads), so that no array need be given another shape.
 
     A run can be captured in a CUDA graph, by CuPy's stream capture or by torch.cuda.graph, with `out=` given or not. A
     replay reads lengths, tables, caches and all other arrays as they are then: the graph stays right as sequences grow

@@ -858,13 +858,8 @@ def plan_write(entries: int) -> tuple[Defines, int, int]:
     return (("THREADS", PART_THREADS),), _ceil_div(entries, PART_THREADS), PART_THREADS
 
 
-def plan_read_indices(indices: int) -> tuple[Defines, int, int]:
-    """Compile-time values, grid and threads of reading so many indices."""
-    return (("THREADS", PART_THREADS),), _ceil_div(indices, PART_THREADS), PART_THREADS
-
-
 def plan_fill_table(batch: int, widest: int) -> tuple[Defines, tuple[int, int], int]:
-    """The same of making a block table, of at most `widest` page ids in a row, from the same file."""
+    """The same of making a block table, of at most `widest` page ids in a row."""
     return (("THREADS", PART_THREADS),), (batch, min(_ceil_div(widest, PART_THREADS), _MOST_DOWN)), PART_THREADS
 
 

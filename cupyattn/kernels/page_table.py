@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .. import jit
-from ..plan import plan_fill_table, plan_read_indices
+from ..plan import plan_fill_table, plan_write
 from .launch import describe_device, enqueue
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def read_indices(device: int, stream: int, addresses: Sequence[int], ends: Seque
     `stream`, of the device, which is the current one; returns at once.
     """
     missing = MOST_ARRAYS - len(ends)
-    _, blocks, threads = plan_read_indices(ends[-1])
+    _, blocks, threads = plan_write(ends[-1])
     params = *addresses, *(0,) * missing, *ends, *(ends[-1],) * missing, target
     enqueue(_kernel(device, "read_indices"), (blocks,), (threads,), (_READ.pack(*params),), 0, stream)
 
@@ -69,4 +69,5 @@ def fill_table(
 
 @cache
 def _kernel(device: int, function: str) -> cupy.RawKernel:
+    """One of the file's two kernels, whose compile-time values are the same in every launch."""
     return jit.load("page_table", plan_fill_table(1, 1)[0], describe_device(device).arch, function, device).function

@@ -428,10 +428,12 @@ class _OfTensors:
     def alike(self, tensors: tuple[Any, ...]) -> bool:
         """Whether they are in every way but their addresses like the last that `fit`."""
         compare = self._compare
-        if compare is None or self._absent(tensors) != self._nothing:
+        if compare is None:
             return False
-        present = self._present(tensors)
         try:
+            if self._absent(tensors) != self._nothing:
+                return False
+            present = self._present(tensors)
             # The comparison of a nested tensor ends the process: PyTorch's C++ asks it for strides.
             return not any([tensor.is_nested for tensor in present]) and compare(*present)
         except Exception:  # of what is no tensor, or of another version of PyTorch: then all go the long way

@@ -72,15 +72,9 @@ def cache_masks(
     return_softmax_lse: bool,
 ) -> dict[str, Any]:
     """`masks_of` with what only a step over a cache has."""
-    return {
-        "causal": causal,
-        "window": _window(window_size),
-        "softmax_scale": softmax_scale,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": learnable_sink,
-        "return_lse": return_softmax_lse,
-    }
+    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    masks["sinks"], masks["return_lse"] = learnable_sink, return_softmax_lse
+    return masks
 
 
 def attend_cache(

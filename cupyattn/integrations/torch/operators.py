@@ -81,10 +81,7 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
             return operator(*values, **more)
 
     def fake(*values: Any, **more: Any) -> Results:
-        given = dict(zip(names, values, strict=False)) | more
-        if torch.is_grad_enabled():
-            refuse_gradients(given)
-        return _fake(given)
+        return _fake(dict(zip(names, values, strict=False)) | more)
 
     _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
