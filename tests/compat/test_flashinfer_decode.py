@@ -412,7 +412,7 @@ def test_tables_for_graphs_stay_where_they_are(rng, lib):
     buffers = [lib.put(np.zeros(size, np.int32)) for size in (4, 12, 3)]
     wrapper = flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(lib.workspace(), *buffers)
     assert wrapper.is_cuda_graph_enabled
-    tables = wrapper._fixed._tables
+    tables = wrapper._fixed.tables
     where = tables.table, tables.lengths
     for lengths in ([5, 33, 17], [1, 100, 30], [0, 2, 64]):
         p, q = paged(rng, lengths, 16), normal(rng, (3, 8, 64), "float32")

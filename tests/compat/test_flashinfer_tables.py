@@ -8,7 +8,8 @@ seen without one.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 
 from cupyattn.arrays import View, view
 from cupyattn.compat.flashinfer.library import library_at
-from cupyattn.compat.flashinfer.pages import BlockTables, Names, Pages, read_pages
+from cupyattn.compat.flashinfer.pages import BlockTables, Names, Pages, look_at_pages, read_pages
+from cupyattn.kernels.page_table import FILLED, GOOD, MOST_TOGETHER, REFUSED, SUMMARY_WORDS
 
 PAGE = 4
 UNTOUCHED = -77
@@ -72,7 +74,40 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 _at(lengths, batch)[b] = (end - first - 1) * page_size + _at(last, batch)[b] if end > first else 0
         made.append("table and lengths" if last else "table")
 
-    monkeypatch.setattr("cupyattn.compat.flashinfer.pages.fill_table", fill_table)
+    def take_table(
+        device: int,
+        stream: int,
+        starts: int,
+        ids: int,
+        last: int,
+        query_starts: int,
+        table: int,
+        lengths: int,
+        target: int,
+        *,
+        batch: int,
+        columns: int,
+        page_size: int,
+        most_ids: int,
+    ) -> None:
+        ends, last_pages = _at(starts, batch + 1), _at(last, batch)
+        queries = _at(query_starts, batch + 1) if query_starts else np.zeros(batch + 1, np.int32)
+        counts, rows = np.diff(ends.astype(np.int64)), np.diff(queries.astype(np.int64))
+        wrong = ends[0] != 0 or queries[0] != 0 or ends[-1] > most_ids or min(counts.min(), rows.min()) < 0
+        wrong |= ((counts > 0) & ((last_pages < 1) | (last_pages > page_size))).any()
+        widest = max(counts.max(), 0)
+        state = REFUSED if wrong else FILLED if columns and widest <= columns else GOOD
+        _at(target, 5)[:] = np.minimum([state, ends[-1], widest, queries[-1], max(rows.max(), 0)], 2**31 - 1)
+        held = np.concatenate([ends, last_pages, queries if query_starts else []])
+        _at(target + 4 * SUMMARY_WORDS, len(held))[:] = held
+        made.append("a look")
+        if state == FILLED:
+            sizes = {"batch": batch, "columns": columns, "widest": widest, "page_size": page_size}
+            fill_table(device, stream, starts, ids, last, table, lengths, **sizes)
+
+    module = "cupyattn.compat.flashinfer.pages"
+    monkeypatch.setattr(f"{module}.fill_table", fill_table)
+    monkeypatch.setattr(f"{module}.take_table", take_table)
     return made
 
 
@@ -191,21 +226,10 @@ def test_page_tables_that_lie_here_and_there(
             _at(target + 4 * first, end - first)[:] = _at(address, end - first)
         reads.append(len(addresses))
 
-    class Runtime:
-        streamSynchronize = staticmethod(lambda stream: None)
-
-    class Room:
-        array = np.zeros(64, np.int32)
-        address = array.ctypes.data
-
-        def of(self, size: int) -> np.ndarray:
-            return self.array
-
     module = "cupyattn.compat.flashinfer.pages"
     monkeypatch.setattr(f"{module}.read_indices", read_indices)
-    monkeypatch.setattr(f"{module}.cuda_runtime", lambda: Runtime)
     monkeypatch.setattr(f"{module}.current_stream", lambda found: 0)
-    monkeypatch.setattr(f"{module}._room", Room())
+    _pretend_to_wait(monkeypatch)
     table = [np.array(x, np.int32) for x in ([0, 3, 3, 5], [9, 8, 7, 6, 5, 4], [2, 77, 4])]
     given = None if lengths == "of last pages" else _on_device(np.array([4, 0, 5], np.int32))
     arrays = [x if i in here else _on_device(x) for i, x in enumerate(table)]
@@ -217,6 +241,132 @@ def test_page_tables_that_lie_here_and_there(
     to_read = sum(i not in here for i in (0, 2)) + (given is not None)
     assert reads == ([to_read] if to_read else [])
     assert (pages.there is not None) == (not {0, 2} & set(here) and given is None)
+
+
+def _pretend_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device writes is there at once, in memory that is not pinned."""
+
+    class Runtime:
+        streamSynchronize = staticmethod(lambda stream: None)
+
+    class Room:
+        array = np.zeros(1 << 14, np.int32)
+        address = array.ctypes.data
+
+        def of(self, size: int) -> np.ndarray:
+            return self.array
+
+    module = "cupyattn.compat.flashinfer.pages"
+    monkeypatch.setattr(f"{module}.cuda_runtime", lambda: Runtime)
+    monkeypatch.setattr(f"{module}._room", Room())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device, or one of pretence."""
+
+    library: Any
+    put: Callable[[np.ndarray], Any]
+    get: Callable[[Any], np.ndarray]
+
+    def look(self, *table: Any) -> Any:
+        """What the arrays of a page table are, looked at from outside."""
+        return look_at_pages(*map(self.put, table), self.library.device, Names())
+
+    def queries(self, starts: Any) -> View | None:
+        return None if starts is None else view(self.put(np.array(starts, np.int32)))
+
+
+@pytest.fixture(params=["pretence", pytest.param("gpu", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "gpu":
+        cupy = pytest.importorskip("cupy")
+        return Place(library_at(cupy.empty(1), "array"), cupy.asarray, cupy.asnumpy)
+    request.getfixturevalue("launches")
+    _pretend_to_wait(monkeypatch)
+
+    def put(array: np.ndarray) -> View:
+        return replace(view(array), device=0)
+
+    return Place(PretendDevice(), put, np.asarray)
+
+
+def _table(counts: list[int], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pages = _pages(counts, "on the host", seed)
+    return pages.starts.astype(np.int32), pages.indices, pages.last.astype(np.int32)
+
+
+def _check_taken(place: Place, tables: BlockTables, pages: Pages, table: tuple[np.ndarray, ...]) -> None:
+    starts, ids, last = table
+    counts = np.diff(starts)
+    expected = np.where(counts, (counts - 1) * PAGE + last, 0)
+    np.testing.assert_array_equal(place.get(tables.lengths), expected)
+    np.testing.assert_array_equal(pages.lengths, expected)
+    assert (pages.batch, pages.total, pages.widest) == (len(counts), starts[-1], counts.max())
+    for row, start, end in zip(place.get(tables.table), starts, starts[1:], strict=False):
+        np.testing.assert_array_equal(row[: end - start], ids[start:end])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "free"])
+@pytest.mark.parametrize("queries", [True, False], ids=["with starts of queries", "without"])
+def test_a_device_takes_a_page_table_in(place: Place, counts: list[int], fixed: bool, queries: bool) -> None:
+    """In one launch, from the second plan of a form on."""
+    tables = BlockTables(place.library, (len(counts), 20, 20) if fixed else None)
+    rows = np.arange(len(counts) + 1) ** 2 if queries else None
+    for seed, final in enumerate((True, True, False, True)):
+        table = _table(counts[seed % 2 :] + counts[: seed % 2], seed)
+        taken = tables.take(place.look(*table), PAGE, place.queries(rows), final)
+        pages, starts, longest = taken
+        assert pages.in_place == (final and (fixed or seed > 0))
+        tables.make_room(pages)
+        tables.write(pages)
+        _check_taken(place, tables, pages, table)
+        assert starts.tolist() == ([] if rows is None else rows.tolist())
+        assert longest == (0 if rows is None else np.diff(rows).max())
+
+
+def test_a_table_that_is_too_narrow_is_made_anew(place: Place) -> None:
+    tables = BlockTables(place.library)
+    for counts in ([2, 1], [2, 2], [9, 1], [1, 1]):
+        table = _table(counts, 0)
+        pages, _, _ = tables.take(place.look(*table), PAGE, None, True)
+        tables.make_room(pages)
+        tables.write(pages)
+        _check_taken(place, tables, pages, table)
+
+
+WRONG = [
+    pytest.param([1, 2, 4], [2, 2], None, id="starts not at 0"),
+    pytest.param([0, 3, 2], [2, 2], None, id="decreasing"),
+    pytest.param([0, -(2**31), 2**31 - 1], [2, 2], None, id="decreasing by more than an int holds"),
+    pytest.param([0, 2, 5], [2, 2], None, id="more than there are"),
+    pytest.param([0, 2, 4], [2, PAGE + 1], None, id="a last page too full"),
+    pytest.param([0, 2, 4], [0, 2], None, id="a last page that is empty"),
+    pytest.param([0, 2, 4], [2, 2], [1, 2, 3], id="queries not from 0"),
+    pytest.param([0, 2, 4], [2, 2], [0, 2, 1], id="queries that decrease"),
+]
+
+
+@pytest.mark.parametrize(("starts", "last", "queries"), WRONG)
+def test_what_a_device_refuses_changes_no_table(
+    place: Place, starts: list[int], last: list[int], queries: list[int] | None
+) -> None:
+    tables, table = BlockTables(place.library), _table([2, 2], 0)
+    pages, _, _ = tables.take(place.look(*table), PAGE, None, True)
+    tables.make_room(pages)
+    tables.write(pages)
+    other = np.array(starts, np.int32), table[1][::-1].copy(), np.array(last, np.int32)
+    assert tables.take(place.look(*other), PAGE, place.queries(queries), True) is None
+    _check_taken(place, tables, pages, table)
+    assert tables.take(place.look(*table), PAGE, place.queries([0, 2, 2]), True) is not None
+
+
+def test_many_sequences_are_left_to_the_host(place: Place) -> None:
+    for count in (MOST_TOGETHER, MOST_TOGETHER + 1):
+        starts, last = np.arange(count + 1, dtype=np.int32), np.full(count, 2, np.int32)
+        taken = BlockTables(place.library).take(place.look(starts, starts[::-1].copy(), last), PAGE, None, True)
+        assert (taken is None) == (count > MOST_TOGETHER)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import numpy as np
 from ...arrays import refuse, view
 from .arguments import Options, check_int, make_options, refuse_given, refuse_unplanned, split_cache
 from .library import Array
-from .pages import BlockTables, FixedTables, Names, Pages, check_table, read_pages
+from .pages import BlockTables, FixedTables, Names, Pages, check_table, look_at_pages, read_together
 from .single import attend_one, no_masks
 from .steps import DenseStep, RotatedStep, dense_step
 from .wrapper import Wrapper
@@ -234,7 +234,11 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         )
         with self._on_device():
             device = self._home.library.device
-            pages = read_pages(indptr, indices, last_page_len, options.page_size, device, _NAMES, seq_lens)
+            found = look_at_pages(indptr, indices, last_page_len, device, _NAMES, seq_lens)
+            tables = self._tables if self._fixed is None else self._fixed.tables
+            final = queries == 1 and block_tables is None and not options.rotates
+            taken = tables.take(found, options.page_size, None, final)
+            pages = found.pages(options.page_size, *read_together(found.to_read)) if taken is None else taken[0]
             self._take_in(options, pages, queries, block_tables)
 
     begin_forward = plan

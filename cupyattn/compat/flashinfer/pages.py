@@ -13,7 +13,7 @@ import numpy as np
 
 from ...arrays import View, current_stream, device_name, host_array, refuse, view
 from ...attention import checking
-from ...kernels.page_table import fill_table, read_indices
+from ...kernels.page_table import FILLED, MOST_TOGETHER, REFUSED, SUMMARY_WORDS, fill_table, read_indices, take_table
 from .arguments import Options, check_int
 from .library import Array, Library, cuda_runtime
 
@@ -39,22 +39,32 @@ IndexArray = np.ndarray | View
 class Pages:
     """Which pages hold which sequence. The host knows how many, and which ones if `indices` came to it."""
 
-    starts: np.ndarray  # int64 (batch + 1,): sequence b has entries starts[b] to starts[b + 1] of indices
-    counts: np.ndarray  # int64 (batch,): pages of each sequence
+    starts: np.ndarray  # integers (batch + 1,): sequence b has entries starts[b] to starts[b + 1] of indices
+    found_counts: np.ndarray | None  # what `counts` comes to, once somebody asks
     page_size: int
     indices: IndexArray  # int32 (starts[-1],) or more page ids
     names: Names
-    last: np.ndarray | None = None  # int64 (batch,): tokens in each last page, of any number where there is no page
+    last: np.ndarray | None = None  # integers (batch,): tokens in each last page, of any number where there is no page
     tokens: np.ndarray | None = None  # int64 (batch,): of each sequence; what `last` comes to, once somebody asks
     known: bool = True  # the ids count, and are on the host, or read because CUPYATTN_CHECK asks for it
     own_table: bool = False  # the caller gave a block table, which is read instead of indices
     there: tuple[View, View] | None = None  # indptr and last_page_len, where both are on the device and say the lengths
+    in_place: bool = False  # the device has already made the block table and the lengths of them
+    widest: int = -1  # pages of the sequence that has most; found if -1
     batch: int = field(init=False)
     total: int = field(init=False)  # pages of all sequences
-    widest: int = field(init=False)  # pages of the sequence that has most
 
     def __post_init__(self) -> None:
-        self.batch, self.total, self.widest = len(self.counts), int(self.starts[-1]), largest(self.counts)
+        self.batch, self.total = len(self.starts) - 1, int(self.starts[-1])
+        if self.widest < 0:
+            self.widest = largest(self.counts)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 (batch,): pages of each sequence."""
+        if self.found_counts is None:
+            self.found_counts = counts_of(self.starts)
+        return self.found_counts
 
     @property
     def lengths(self) -> np.ndarray:
@@ -87,6 +97,11 @@ class Pages:
         owner = int(np.searchsorted(self.starts, at, side="right")) - 1
         expected = f"0 to {num_pages - 1}, as the cache has {num_pages} pages" if num_pages else "a cache with pages"
         refuse(self.names.indices, f"page {int(ids[at])} at [{at}], of sequence {owner}", expected)
+
+
+def counts_of(starts: np.ndarray) -> np.ndarray:
+    """int64 (n,) counts from cumulative ones, integers (n + 1,), that have been checked."""
+    return np.diff(starts).astype(np.int64)
 
 
 def largest(numbers: np.ndarray) -> int:
@@ -303,7 +318,7 @@ class BlockTables:
         fixed: for CUDA graphs, whose arrays never move: (batch, columns, the most pages in all) of all plans.
     """
 
-    __slots__ = ("library", "table", "lengths", "query_starts", "_fixed", "_form", "_own", "_first", "_address")
+    __slots__ = ("library", "table", "lengths", "query_starts", "_most", "_form", "_own", "_first", "_address")
     __slots__ += ("_mirror", "_mirrored", "_page_starts_here", "_query_starts_here", "_lengths_here", "_table_here")
 
     def __init__(self, library: Library, fixed: tuple[int, int, int] | None = None) -> None:
@@ -311,18 +326,77 @@ class BlockTables:
         self.table: Array = None  # int32 (batch, columns)
         self.lengths: Array = None  # int32 (batch,)
         self.query_starts: Array = None  # int32 (batch + 1,), where `write` is told them
-        self._fixed = fixed is not None
-        self._form: tuple[int, int] | None = None
+        self._most = None if fixed is None else fixed[2]
+        self._form: tuple[int, int] | None = None  # batch and columns
         if fixed is not None:
             self._allocate(*fixed)
             self.table = self._own
 
+    def take(
+        self, found: PageArrays, page_size: int, query_starts: View | None, final: bool
+    ) -> tuple[Pages, np.ndarray, int] | None:
+        """(pages, query starts, most queries of a sequence) of arrays on the device, which checks them, in one launch.
+
+        None where it refuses them, or cannot know all that counts: then the host is to read them.
+
+        Args:
+            found: the page table.
+            page_size: rows of a page.
+            query_starts: int32 (batch + 1,), where each sequence's queries begin, if that is to be looked at too.
+            final: nothing but these numbers can still be refused, so that the block table may be filled at once.
+        """
+        library, starts, ids, last = self.library, found.starts, found.ids, found.last
+        arrays = (starts, ids, last) if query_starts is None else (starts, ids, last, query_starts)
+        if found.lengths is not None or any([type(x) is not View or x.library != library.name for x in arrays]):
+            return None
+        batch = last.shape[0]
+        if not 0 < batch <= MOST_TOGETHER or checking(None, library.device):
+            return None
+        columns = self._form[1] if final and self._form is not None and self._form[0] == batch else 0
+        behind = SUMMARY_WORDS + 2 * batch + 1
+        size = behind if query_starts is None else behind + batch + 1
+        room, stream, entries = _room.of(size), library.stream, ids.shape[0]
+        take_table(
+            library.device,
+            stream,
+            starts.pointer,
+            ids.pointer,
+            last.pointer,
+            0 if query_starts is None else query_starts.pointer,
+            self._address + 4 * self._first.table if columns else 0,
+            self._address + 4 * self._first.lengths if columns else 0,
+            _room.address,
+            batch=batch,
+            columns=columns,
+            page_size=page_size,
+            most_ids=entries if self._most is None else min(entries, self._most),
+        )
+        cuda_runtime().streamSynchronize(stream)
+        state, _, widest, _, longest = room[:5].tolist()
+        if state == REFUSED:
+            return None
+        held = room[SUMMARY_WORDS:size].copy()
+        pages = Pages(
+            held[: batch + 1],
+            None,
+            page_size,
+            ids,
+            found.names,
+            held[batch + 1 : 2 * batch + 1],
+            known=False,
+            there=(starts, last),
+            in_place=state == FILLED,
+            widest=widest,
+        )
+        return pages, held[2 * batch + 1 :], longest
+
     def make_room(self, pages: Pages, table: Array | None = None) -> None:
         """Say which arrays these pages will be in: the caller's own table, if there is one. The device is current."""
-        if not self._fixed:
+        if self._most is None:
             form = pages.batch, 1 if table is not None else 1 << (max(pages.widest, 1) - 1).bit_length()
             if self._form != form:
                 self._allocate(*form, 0)
+                pages.in_place = False
         self.table = self._own if table is None else table
 
     def _allocate(self, batch: int, columns: int, most_ids: int) -> None:
@@ -330,12 +404,12 @@ class BlockTables:
         library, sizes = self.library, (most_ids, batch + 1, batch + 1, batch, batch * columns)
         self._form, self._first = (batch, columns), _Parts(*accumulate(map(_rounded, sizes), initial=0))
         first = self._first
-        room = (library.zeros if self._fixed else library.empty)((first.end,), "int32")
+        room = (library.empty if self._most is None else library.zeros)((first.end,), "int32")
         self._address = view(room).pointer
         if library.device < 0:
             mirror = host_array(view(room))
         else:  # of a fixed table there is none: it is as wide as any sequence can become
-            mirror = np.zeros(first.table if self._fixed else first.end, np.int32)
+            mirror = np.zeros(first.end if self._most is None else first.table, np.int32)
         self._mirror, self._mirrored = mirror, mirror.ctypes.data
 
         def part(array: Array, start: int, size: int) -> Array:
@@ -361,10 +435,11 @@ class BlockTables:
         if query_starts is not None:
             begin = first.query_starts
             self._query_starts_here[:] = query_starts
-        if own and not pages.known and pages.there is not None:
-            starts, last = pages.there
+        if pages.in_place or (own and not pages.known and pages.there is not None):
             self._send(begin, first.lengths)
-            self._fill(pages, starts.pointer, pages.indices.pointer, last.pointer)
+            if not pages.in_place:
+                starts, last = pages.there
+                self._fill(pages, starts.pointer, pages.indices.pointer, last.pointer)
             return
         self._lengths_here[:] = pages.lengths
         if not own:
@@ -453,7 +528,7 @@ class FixedTables:
         else:
             columns = check_int("max_pages_per_request", max_pages, 1)
         self._columns = max(columns, 1)
-        self._tables = BlockTables(library, (self.batch, self._columns, self._most))
+        self.tables = BlockTables(library, (self.batch, self._columns, self._most))
 
     def tables_for(self, options: Options, pages: Pages) -> BlockTables:
         """The tables, if what is planned can stand in them."""
@@ -469,7 +544,7 @@ class FixedTables:
         if pages.widest > self._columns:
             expected = f"at most {self._columns}: make the wrapper with a larger max_pages_per_request"
             refuse(names.indptr, f"a sequence of {pages.widest} pages", expected)
-        return self._tables
+        return self.tables
 
 
 def check_table(block_tables: Array, pages: Pages, device: int) -> None:

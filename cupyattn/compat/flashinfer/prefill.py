@@ -28,9 +28,11 @@ from .pages import (
     FixedTables,
     IndexArray,
     Names,
+    PageArrays,
     Pages,
     check_starts,
     check_table,
+    counts_of,
     index_array,
     index_view,
     largest,
@@ -141,19 +143,27 @@ single_prefill_with_kv_cache_return_lse = partial(single_prefill_with_kv_cache, 
 class Queries:
     """The sequences among the packed queries, and what they see of their keys."""
 
-    starts: np.ndarray  # int64 (batch + 1,)
-    counts: np.ndarray  # int64 (batch,)
+    starts: np.ndarray  # integers (batch + 1,)
+    found_counts: np.ndarray | None  # what `counts` comes to, once somebody asks
     frozen: bool  # the next plan may say otherwise under a graph that was captured
     masks: Masks | None = None  # where the kernels' own say it, None
     causal: bool | None = None  # what a custom mask came to; None where there is none, or `masks`
     array: Array | None = None  # `starts`, int32, beside the queries, once they are placed
+    longest: int = -1  # found if -1
     total: int = field(init=False)  # rows that the sequences have in all
-    longest: int = field(init=False)
     rows: int = field(init=False)  # of q: as many, unless the wrapper says otherwise
 
     def __post_init__(self) -> None:
         self.total = self.rows = int(self.starts[-1])
-        self.longest = largest(self.counts)
+        if self.longest < 0:
+            self.longest = largest(self.counts)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 (batch,): queries of each sequence."""
+        if self.found_counts is None:
+            self.found_counts = counts_of(self.starts)
+        return self.found_counts
 
     @property
     def fewer(self) -> int | None:
@@ -163,7 +173,7 @@ class Queries:
     @property
     def same(self) -> int | None:
         """The number of queries of every sequence, if that is one number and they are all of q."""
-        if self.frozen or self.longest * len(self.counts) != self.total:
+        if self.frozen or self.longest * (len(self.starts) - 1) != self.total:
             return None
         return self.longest or None
 
@@ -207,8 +217,15 @@ class _Prefill(Wrapper):
 
     _fixed_queries: _FixedStarts | None = None
 
-    def _describe(self, options: Options, starts: np.ndarray, counts: np.ndarray, masks: Masks | None) -> Queries:
-        """The queries, checked; where they lie follows in `_place`."""
+    def _describe(
+        self,
+        options: Options,
+        starts: np.ndarray,
+        counts: np.ndarray | None,
+        masks: Masks | None = None,
+        longest: int = -1,
+    ) -> Queries:
+        """The queries, checked; where they lie follows in `_take_in`. What is not known of them is found."""
         frozen = self._fixed_queries is not None
         if frozen:
             self._fixed_queries.check("qo_indptr", starts)
@@ -217,7 +234,7 @@ class _Prefill(Wrapper):
             if options.fp8:
                 refuse("kv_data_type", options.kv_dtype, f"{options.q_dtype} in a prefill wrapper for CUDA graphs")
         plain = None if masks is None else masks.as_causal()
-        queries = Queries(starts, counts, frozen, masks if plain is None else None, plain)
+        queries = Queries(starts, counts, frozen, masks if plain is None else None, plain, longest=longest)
         masked(options, queries)
         return queries
 
@@ -233,6 +250,11 @@ class _Prefill(Wrapper):
             return packed_step(home, options, form, queries.array, pages, tables, layout, queries.fewer)
         dense = dense_step(home, options, queries.longest, pages, tables, layout)
         return PaddedStep(dense, options, home.library, queries.starts, queries.longest)
+
+
+def _check_queries(starts: np.ndarray) -> np.ndarray:
+    """The counts, int64 (batch,), of qo_indptr, int64."""
+    return check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
 
 
 def if_there(indptr: Array, found: IndexArray) -> Array | None:
@@ -407,23 +429,47 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             device = self._home.library.device
             found = look_at_pages(*table, device, PREFILL_NAMES, seq_lens)
             found_starts = index_array("qo_indptr", qo_indptr, device)
-            starts, *held = read_together([found_starts, *found.to_read])
-            counts = check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
-            pages = found.pages(options.page_size, *held)
-            if len(starts) != pages.batch + 1:
-                expected = f"{pages.batch + 1}, as many as paged_kv_indptr has"
-                refuse("qo_indptr", f"{len(starts)} entries", expected)
+            if found_starts.shape[0] != found.last.shape[0] + 1:
+                expected = f"{found.last.shape[0] + 1}, as many as paged_kv_indptr has"
+                refuse("qo_indptr", f"{found_starts.shape[0]} entries", expected)
+            unmasked = custom_mask is None and packed_custom_mask is None
+            final = unmasked and block_tables is None and options.pos_encoding_mode == "NONE" and self._fixed is None
+            pages, starts, counts, longest = self._read(options, found, found_starts, final)
             masks = None
-            if custom_mask is not None or packed_custom_mask is not None:  # else nobody asks for the lengths
+            if not unmasked:  # else nobody asks for the lengths
+                counts = counts_of(starts) if counts is None else counts
                 masks = read_masks(custom_mask, packed_custom_mask, counts, pages.lengths)
             if block_tables is not None:
                 check_table(block_tables, pages, device)
-            there, queries = if_there(qo_indptr, found_starts), self._describe(options, starts, counts, masks)
+            there, queries = if_there(qo_indptr, found_starts), self._describe(options, starts, counts, masks, longest)
             if block_tables is not None and (options.rotates or queries.masks is not None):
                 pages.ids()  # which there are not, and that is refused before anything changes
             self._take_in(options, queries, there, pages, block_tables)
 
     begin_forward = plan
+
+    def _read(
+        self, options: Options, found: PageArrays, found_starts: IndexArray, final: bool
+    ) -> tuple[Pages, np.ndarray, np.ndarray | None, int]:
+        """(pages, starts and counts of the queries, the most of one sequence), checked; None and -1 if not found yet.
+
+        final: as in `BlockTables.take`.
+        """
+        on_host = type(found_starts) is np.ndarray
+        starts = counts = None
+        if on_host:
+            starts = found_starts.astype(np.int64)
+            counts = _check_queries(starts)
+        tables = self._tables if self._fixed is None else self._fixed.tables
+        taken = tables.take(found, options.page_size, None if on_host else found_starts, final)
+        if taken is None:
+            held = read_together(found.to_read if on_host else [found_starts, *found.to_read])
+            if not on_host:
+                starts, *held = held
+                counts = _check_queries(starts)
+            return found.pages(options.page_size, *held), starts, counts, -1
+        pages, taken_starts, longest = taken
+        return (pages, starts, counts, -1) if on_host else (pages, taken_starts, None, longest)
 
     def _take_in(
         self, options: Options, queries: Queries, there: Array | None, pages: Pages, block_tables: Array | None
@@ -713,7 +759,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
             device = self._home.library.device
             found = index_array("qo_indptr", qo_indptr, device), index_array("kv_indptr", kv_indptr, device)
             starts, key_starts = read_together(found)
-            counts = check_starts("qo_indptr", starts, _MOST_ROWS, "it is int32")
+            counts = _check_queries(starts)
             lengths = check_starts("kv_indptr", key_starts, _MOST_ROWS, "it is int32")
             if len(starts) != len(key_starts):
                 refuse("kv_indptr", f"{len(key_starts)} entries", f"{len(starts)}, as many as qo_indptr has")
