@@ -343,14 +343,18 @@ def _a(noun: str) -> str:
 
 def heads_last(found: View) -> View:
     """An array (batch, heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim), or back: no library is asked."""
-    batch, heads, tokens, columns = found.shape
-    of_batch, of_head, of_token, of_column = found.strides
-    base = _worked_on(found)
+    shape, strides = _heads_last(found.shape, found.strides)
+    base = found.base if found.device >= 0 else _worked_on(found)
     if base is not None:
         base = base.swapaxes(1, 2)
-    shape, strides = (batch, tokens, heads, columns), (of_batch, of_token, of_head, of_column)
-    form = shape, strides, found.dtype, found.device, found.library, found.readonly
-    return View(found.array, found.pointer, *form, base)
+    pointer, dtype, device = found.pointer, found.dtype, found.device
+    return View(found.array, pointer, shape, strides, dtype, device, found.library, found.readonly, base)
+
+
+@lru_cache(maxsize=4096)
+def _heads_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    turned = [(batch, tokens, heads, columns) for batch, heads, tokens, columns in (shape, strides)]
+    return turned[0], turned[1]
 
 
 def one_token(found: View) -> View:
@@ -362,14 +366,28 @@ def one_token(found: View) -> View:
 
 def split_axis(found: View, axis: int) -> list[View]:
     """The views of an array's parts along an axis, which they do not have. It is counted from the front."""
-    count, step = found.shape[axis], found.strides[axis] * _itemsize(found.dtype)
-    shape, strides = (sizes[:axis] + sizes[axis + 1 :] for sizes in (found.shape, found.strides))
-    form = shape, strides, found.dtype, found.device, found.library, found.readonly
-    base, pointer = _worked_on(found), found.pointer
-    if base is None:
-        return [View(found.array, pointer + i * step, *form) for i in range(count)]
-    before = (slice(None),) * axis
-    return [View(found.array, pointer + i * step, *form, base[(*before, i)]) for i in range(count)]
+    shape, strides, step = _without_axis(found.shape, found.strides, found.dtype, axis)
+    array, pointer, dtype, device = found.array, found.pointer, found.dtype, found.device
+    library, readonly = found.library, found.readonly
+    parts = [
+        View(array, pointer + i * step, shape, strides, dtype, device, library, readonly)
+        for i in range(found.shape[axis])
+    ]
+    base = found.base if device >= 0 else _worked_on(found)
+    if base is not None:
+        before = (slice(None),) * axis
+        for i, part in enumerate(parts):
+            part.base = base[(*before, i)]
+    return parts
+
+
+@lru_cache(maxsize=4096)
+def _without_axis(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, axis: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape and strides of a part, and bytes from one part to the next."""
+    left, steps = (sizes[:axis] + sizes[axis + 1 :] for sizes in (shape, strides))
+    return left, steps, strides[axis] * _itemsize(dtype)
 
 
 def _worked_on(found: View) -> Any:
@@ -403,9 +421,11 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
     strides = contiguous_strides(shape)
     if like.library == "torch":
         torch, source = sys.modules["torch"], like.array
-        if type(source) is torch.Tensor and like.dtype == dtype and source.shape == shape:
-            # Sooner done than to say all of it.
-            array = torch.empty_like(source, memory_format=torch.contiguous_format)
+        if type(source) is torch.Tensor and like.dtype == dtype:  # sooner done than to say all of it
+            if source.shape == shape:
+                array = torch.empty_like(source, memory_format=torch.contiguous_format)
+            else:
+                array = source.new_empty(shape)
         else:
             array = torch.empty(shape, dtype=getattr(torch, dtype), device=source.device)
         return View(array, array.data_ptr(), shape, strides, dtype, like.device, "torch", False)

@@ -67,7 +67,8 @@ def flash_attention(
     keys, values = rows[1].shape, rows[2].shape
     if values[:3] != keys[:3]:
         refuse("v", f"shape {tuple(v.shape)}", f"k's shape {tuple(k.shape)}, but for head_dim")
-    options["out"] = None if out is None else _tokens_first("out", out)
+    if out is not None:
+        options["out"] = _tokens_first("out", out)
     if not return_lse:
         result = attention(*rows, causal=causal, **options)
         return result.swapaxes(1, 2) if out is None else out

@@ -180,7 +180,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         Args:
             indptr: int32 (batch + 1,), starting at 0, never decreasing: entries indptr[b] to indptr[b + 1] of indices
                 are the pages of sequence b. Waited for if it is on a device, as is last_page_len; what is on a device
-                is read once more by work that is queued when this returns.
+                may be read once more by work that is queued when this returns.
             indices: int32 (indptr[-1],) page ids, or more. Compared with the cache where they are on the host; on CUDA
                 only if CUPYATTN_CHECK=1 asks for it, which waits for the device.
             last_page_len: int32 (batch,), 1 to page_size tokens in each last page.
@@ -208,7 +208,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         Raises:
             TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
         """
-        refuse_given("decode", fixed_split_size=fixed_split_size)
+        if fixed_split_size is not None:
+            refuse_given("decode", fixed_split_size=fixed_split_size)
         queries = check_int("q_len_per_req", q_len_per_req, 1)
         if window_right != 0 or is_causal not in (None, queries > 1):
             name, value = ("window_right", window_right) if window_right != 0 else ("is_causal", is_causal)

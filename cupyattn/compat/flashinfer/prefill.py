@@ -398,14 +398,16 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         Raises:
             TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
         """
-        refuse_given(
-            "prefill",
-            prefix_len_ptr=prefix_len_ptr,
-            token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len or None,
-            max_item_len_ptr=max_item_len_ptr,
-            fixed_split_size=fixed_split_size,
-        )
+        items = prefix_len_ptr, token_pos_in_items_ptr, max_item_len_ptr
+        if token_pos_in_items_len or fixed_split_size is not None or not all([given is None for given in items]):
+            refuse_given(
+                "prefill",
+                prefix_len_ptr=prefix_len_ptr,
+                token_pos_in_items_ptr=token_pos_in_items_ptr,
+                token_pos_in_items_len=token_pos_in_items_len or None,
+                max_item_len_ptr=max_item_len_ptr,
+                fixed_split_size=fixed_split_size,
+            )
         options = make_options(
             num_qo_heads,
             num_kv_heads,
