@@ -196,7 +196,8 @@ def _view_torch(x: Any, name: str) -> View:
         strides = x.stride()
     except RuntimeError:
         _refuse_tensor(x, name)
-    if not pointer and 0 not in x.shape:
+    shape = tuple(x.shape)
+    if not pointer and 0 not in shape:
         _refuse_tensor(x, name)
     if x.is_cuda:
         device = x.get_device()
@@ -204,6 +205,14 @@ def _view_torch(x: Any, name: str) -> View:
         device = -1
     else:
         _refuse_tensor(x, name)
+    dtype = x.dtype
+    if dtype.is_floating_point or dtype.is_complex or x.is_neg():
+        _check_numbers(x, name)
+    return View(x, pointer, shape, strides, _torch_dtype_name(dtype), device, "torch", False)
+
+
+def _check_numbers(x: Any, name: str) -> None:
+    """Refuse what tensors of integers hardly can be, which are not asked for all of it."""
     if x.requires_grad and sys.modules["torch"].is_grad_enabled():
         refuse(
             name,
@@ -211,14 +220,13 @@ def _view_torch(x: Any, name: str) -> View:
             "a tensor without gradients, as there is no backward pass: pass .detach(), or call under torch.no_grad()",
             TypeError,
         )
-    if x.is_neg() or x.is_conj():
+    if x.is_neg() or (x.dtype.is_complex and x.is_conj()):
         refuse(
             name,
             "a tensor whose negative or conjugate bit is set",
             "its values in memory: pass .resolve_neg() or .resolve_conj()",
             TypeError,
         )
-    return View(x, pointer, tuple(x.shape), strides, _torch_dtype_name(x.dtype), device, "torch", False)
 
 
 def _refuse_tensor(x: Any, name: str) -> NoReturn:

@@ -71,7 +71,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
-    return_lse: bool = False,
+    return_lse: bool | str = False,
     out: Array | None = None,
     kernel: str = "auto",
     check: bool | None = None,
@@ -98,7 +98,9 @@ def attention(
         softcap: c > 0 replaces the scaled score s by c * tanh(s / c); None or 0 for none.
         alibi_slopes: float32 (heads,) or (batch, heads); the score loses slope * |i + seqlen_k - seqlen_q - j|.
         sinks: float32 (heads,), one more logit for each head, that takes its share of the softmax and adds no value.
-        return_lse: also return the natural logarithm of the softmax's denominator.
+        return_lse: also return the lse, the logarithm of the softmax's denominator, in the form that is asked for: True
+            for the natural logarithm, -inf for a query that sees no key; "log2" for the one to base 2, as flashinfer
+            has it; "flash_attn" for the natural one, but +inf for a query that sees no key, as flash_attn has it.
         out: an array of the result's shape and q's dtype to write into, apart in memory from q, k and v.
         kernel: "auto", or on CUDA "decode", "forward_sm90", "forward_sm80" or "forward_simt", on the CPU "numpy" or
             "numpy_float64" (computes in, and returns, float64).
@@ -106,8 +108,7 @@ def attention(
 
     Returns:
         An array (batch, seqlen_q, heads, head_dim of v) of q's dtype in q's library (`out` itself if given); with
-        return_lse a pair of it and the lse, float32 (batch, heads, seqlen_q). A query that sees no key gives zeros and
-        lse -inf.
+        return_lse a pair of it and the lse, float32 (batch, heads, seqlen_q). A query that sees no key gives zeros.
 
     Raises:
         TypeError, ValueError: an argument does not fit. The message names it, what came and what was expected.
@@ -150,15 +151,15 @@ def attention_varlen(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
-    return_lse: bool = False,
+    return_lse: bool | str = False,
     out: Array | None = None,
     kernel: str = "auto",
     check: bool | None = None,
 ) -> Array | RaggedArray | tuple[Array | RaggedArray, Array]:
     """Attention over sequences of different lengths, packed one behind the other without padding.
 
-    Rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q are sequence b. Rows of q behind the last sequence give zeros and
-    lse -inf. Masks, `out` and `kernel` are as in `attention`, with each sequence's own lengths. The arguments are
+    Rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q are sequence b. Rows of q behind the last sequence see no key.
+    Masks, `return_lse`, `out` and `kernel` are as in `attention`, with each sequence's own lengths. The arguments are
     those of flash_attn_varlen_func in the flash_attn package; blocks are those of PagedAttention (Kwon et al. 2023,
     arXiv:2309.06180).
 
@@ -268,7 +269,7 @@ def attention_with_kvcache(
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
-    return_lse: bool = False,
+    return_lse: bool | str = False,
     out: Array | None = None,
     kernel: str = "auto",
     check: bool | None = None,
@@ -277,7 +278,7 @@ def attention_with_kvcache(
 
     With k and v given, they are first appended to the cache **in place**, sequence b's behind its cache_seqlens[b]
     tokens, and are attended to as well. A call that is refused leaves the cache as it was. cache_seqlens is not
-    changed. Masks, `out`, `kernel` and `check` are as in `attention` and `attention_varlen`.
+    changed. Masks, `return_lse`, `out`, `kernel` and `check` are as in `attention` and `attention_varlen`.
 
     The arguments are those of flash_attn_with_kvcache in the flash_attn package, version 2.8, by name only, with window
     for window_size and return_lse for return_softmax_lse. On CUDA a step of few queries reads long caches in pieces
@@ -534,7 +535,7 @@ def prepare_call(operands: Operands, options: tuple, names: tuple[str, str, str]
     precise = kernel == "numpy_float64"
     problem = describe_call(operands, options, names)
     if not problem.batch or not problem.total_q:
-        run = _fill_unseen
+        run = partial(_fill_unseen, problem.lse_form.unseen)
         if problem.append is not None and problem.append.total_new:
             run = _only_append(_append_runner(problem.append, q.device, precise))
     elif q.device >= 0:
@@ -744,11 +745,11 @@ def _only_append(run: Callable[[AppendOperands, int], None]) -> Callable[[Operan
     return lambda operands, stream: run(operands.appending(), stream)
 
 
-def _fill_unseen(operands: Operands, stream: int) -> None:
+def _fill_unseen(unseen: float, operands: Operands, stream: int) -> None:
     """No sequence has a query. A packed q can still have rows, which see nothing."""
     fill(operands.out, 0)
     if operands.lse is not None:
-        fill(operands.lse, -np.inf)
+        fill(operands.lse, unseen)
 
 
 def signature(found: View) -> tuple:

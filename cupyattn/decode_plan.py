@@ -97,7 +97,7 @@ class DecodePlan(PlannedCall):
         softcap: float | None = None,
         alibi_slopes: Array | None = None,
         sinks: Array | None = None,
-        return_lse: bool = False,
+        return_lse: bool | str = False,
         out: Array | None = None,
         kernel: str = "auto",
         check: bool | None = None,

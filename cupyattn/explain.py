@@ -140,7 +140,7 @@ def explain(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    return_lse: bool = False,
+    return_lse: bool | str = False,
     out: Any = None,
     kernel: str = "auto",
     check: bool | None = None,

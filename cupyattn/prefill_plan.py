@@ -109,7 +109,7 @@ class PrefillPlan(PlannedCall):
         softcap: float | None = None,
         alibi_slopes: Array | None = None,
         sinks: Array | None = None,
-        return_lse: bool = False,
+        return_lse: bool | str = False,
         out: Array | RaggedArray | None = None,
         kernel: str = "auto",
         check: bool | None = None,

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,18 @@ FP8_DTYPES = {"float8_e4m3fn": "float8_e4m3fn", "e4m3": "float8_e4m3fn"}  # what
 FP8_DTYPES |= {"float8_e5m2": "float8_e5m2", "e5m2": "float8_e5m2"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4}
 ITEMSIZE |= {"uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+class LseForm(NamedTuple):
+    """How the lse is handed over; kernels_cu/common/lse.cuh has the same fields."""
+
+    factor: float  # of the natural one
+    unseen: float  # of a query that sees no key
+
+
+NATURAL = LseForm(1.0, -math.inf)
+# What return_lse may say beside True, which is for the natural one.
+LSE_FORMS = {"log2": LseForm(math.log2(math.e), -math.inf), "flash_attn": LseForm(1.0, math.inf)}
 
 Strides = tuple[int, int, int]
 """(outer, row, head) in elements: outer is the batch's, the block's, or 0 for a packed array."""
@@ -155,6 +168,7 @@ class Problem:
     num_splits: int  # the most pieces that one sequence's keys are cut into; 0: as the plan finds best
     rotary: Rotary | None  # queries are rotated
     append: Append | None  # new keys and values are written first, and attended to
+    lse_form: LseForm = NATURAL
 
     @property
     def group(self) -> int:
@@ -182,7 +196,7 @@ def describe(
     alibi_slopes: View | None = None,
     sinks: View | None = None,
     out: View | None = None,
-    return_lse: bool = False,
+    return_lse: bool | str = False,
     cu_seqlens_q: View | None = None,
     cu_seqlens_k: View | None = None,
     max_seqlen_q: int | None = None,
@@ -298,6 +312,7 @@ def describe(
     rotary = describe_rotary(rotary_cos, rotary_sin, rotary_interleaved, q, per_query=folded_window != (-1, -1))
     if rotary is not None and append is None:
         refuse("k", None, "the new keys that go with the queries, when rotary_cos and rotary_sin are given")
+    lse, lse_form = _lse(return_lse)
     return Problem(
         dtype=q.dtype,
         kv_dtype=kv_dtype,
@@ -319,7 +334,7 @@ def describe(
         softcap=_softcap(softcap, precise),
         alibi=_alibi(alibi_slopes, q, batch, num_heads),
         sinks=_sinks(sinks, q, num_heads),
-        lse=check_flag("return_lse", return_lse),
+        lse=lse,
         cu_seqlens_k=cu_seqlens_k is not None,
         seqused_k=seqused_k is not None or uniform_length is not None,
         cache_batch_idx=cache_batch_idx is not None,
@@ -333,6 +348,7 @@ def describe(
         num_splits=_splits(num_splits),
         rotary=rotary,
         append=append,
+        lse_form=lse_form,
     )
 
 
@@ -894,9 +910,16 @@ def _softcap(value: float | None, precise: bool) -> float:
     return cap
 
 
-def check_flag(name: str, value: object) -> bool:
+def _lse(value: object) -> tuple[bool, LseForm]:
+    """Whether an lse is asked for, and in which form."""
+    if isinstance(value, str) and value in LSE_FORMS:
+        return True, LSE_FORMS[value]
+    return check_flag("return_lse", value, f"True, False, {' or '.join(map(repr, LSE_FORMS))}"), NATURAL
+
+
+def check_flag(name: str, value: object, expected: str = "True or False") -> bool:
     if not isinstance(value, (bool, np.bool_, int)) or value not in (0, 1):
-        refuse(name, repr(value), "True or False", TypeError)
+        refuse(name, repr(value), expected, TypeError)
     return bool(value)
 
 

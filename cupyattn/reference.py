@@ -17,7 +17,7 @@ import numpy as np
 
 from .arrays import INDEX_ROLES, View, host_array, numpy_dtype
 from .kernels.operands import AppendOperands, Operands
-from .problem import Append, Cache, Problem, Rotary, check_indices
+from .problem import Append, Cache, LseForm, Problem, Rotary, check_indices
 
 SCORES = 1 << 19  # scores held at once, over all heads: 2 MB of float32, which a core's caches hold
 KEYS = 512  # keys in one block
@@ -37,7 +37,7 @@ def forward(problem: Problem, operands: Operands, precision: type = np.float32) 
     out = host_array(operands.out)
     lse = host_array(operands.lse) if problem.lse else None
     if problem.packed_q:
-        _fill_spare_rows(out, lse, int(indices["cu_seqlens_q"][-1]))
+        _fill_spare_rows(out, lse, int(indices["cu_seqlens_q"][-1]), problem.lse_form.unseen)
     with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN in the inputs travel as in any arithmetic
         for sequence in _sequences(problem, operands, indices, out, lse, np.dtype(precision)):
             _attend(problem, sequence)
@@ -128,11 +128,11 @@ def _used(indices: dict[str, np.ndarray]) -> np.ndarray | None:
     return indices.get("seqused_k", indices.get("cache_seqlens"))
 
 
-def _fill_spare_rows(out: np.ndarray, lse: np.ndarray | None, used: int) -> None:
+def _fill_spare_rows(out: np.ndarray, lse: np.ndarray | None, used: int, unseen: float) -> None:
     """Rows of a packed q that no sequence claims see no key."""
     out[used:] = 0
     if lse is not None:
-        lse[:, used:] = -np.inf
+        lse[:, used:] = unseen
 
 
 def _by_row(view: View, cache: Cache, strides: tuple[int, int, int], heads: int, head_dim: int) -> np.ndarray:
@@ -237,7 +237,13 @@ def _attend_block(problem: Problem, sequence: _Sequence, start: int, stop: int) 
     out, lse = state.result(None if sequence.sinks is None else _per_row(sequence.sinks, problem, stop - start))
     sequence.out[start:stop] = out.reshape(problem.num_heads, stop - start, problem.head_dim_v).transpose(1, 0, 2)
     if sequence.lse is not None:
-        sequence.lse[:, start:stop] = lse.reshape(problem.num_heads, stop - start)
+        sequence.lse[:, start:stop] = _in_form(problem.lse_form, lse).reshape(problem.num_heads, stop - start)
+
+
+def _in_form(form: LseForm, natural: np.ndarray) -> np.ndarray:
+    """A natural lse as it was asked for."""
+    factor, unseen = map(natural.dtype.type, form)
+    return np.where(natural == -np.inf, unseen, natural * factor)
 
 
 def _stack_heads(q: np.ndarray, problem: Problem, dtype: np.dtype) -> np.ndarray:

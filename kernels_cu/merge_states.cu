@@ -9,6 +9,7 @@
 // instead, as between rounds; HEAD_DIM VECTOR; CAPACITY, room for states; THREADS.
 
 #include "common/types.cuh"
+#include "common/lse.cuh"
 #include "common/params.cuh"
 #include "common/rows.cuh"
 
@@ -36,6 +37,7 @@ struct MergeParams {
     float* lse;
     Strides source_strides, out_strides;
     int count, batch, num_heads, seqlen;
+    LseForm lse_form; // of the result; the states' are natural
 };
 
 // Four blocks for a multiprocessor: registers to hold the loads of four states that are under way.
@@ -75,5 +77,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) merge_states(const __gr
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) merged[j] = target(sums[j] * scale);
     store_part(p.out + offset(p.out_strides), part, merged);
-    if (part == 0) p.lse[lse_at] = sum == 0.0f ? -infinity() : base + logf(sum);
+    if (part == 0) p.lse[lse_at] = lse_in_form(p.lse_form, sum == 0.0f ? -infinity() : base + logf(sum));
 }

@@ -146,6 +146,28 @@ def test_nothing_to_do(library):
     assert (to_numpy(out) == 0).all() and (to_numpy(lse) == -np.inf).all() and tuple(lse.shape) == (4, 3)
 
 
+@pytest.mark.parametrize("form", [np.True_, 1, "log2", np.str_("log2"), "flash_attn"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_forms_of_the_lse(library, form):
+    """Three queries of zeros over two keys: the first sees none, the others one and two."""
+    q, k = (in_library(library, np.zeros(shape, np.float16)) for shape in ((1, 3, 4, 8), (1, 2, 4, 8)))
+    out, lse = attention(q, k, k, causal=True, return_lse=form)
+    assert type(lse) is type(q) and arrays.view(lse).dtype == "float32"
+    seen = [0, 1] if form == "log2" else [0, np.log(2)]
+    close(lse, np.broadcast_to([np.inf if form == "flash_attn" else -np.inf, *seen], (1, 4, 3)))
+    nobody = in_library(library, ints(0))
+    out, lse = attention_varlen(q[0], q[0], q[0], nobody, nobody, return_lse=form)
+    assert (to_numpy(out) == 0).all() and (to_numpy(lse) == (np.inf if form == "flash_attn" else -np.inf)).all()
+
+
+def test_forms_of_the_lse_in_float64(rng):
+    q, k, v = normal(rng, 1, 3, 2, 8), *normal(rng, 2, 1, 2, 2, 8)
+    options = {"causal": True, "kernel": "numpy_float64"}
+    natural, base2 = (attention(q, k, v, **options, return_lse=form)[1] for form in (True, "log2"))
+    assert base2.dtype == np.float64 and (base2[..., 0] == -np.inf).all()
+    np.testing.assert_allclose(base2[..., 1:], natural[..., 1:] / np.log(2), rtol=1e-15)
+
+
 def test_float64_on_the_cpu(rng):
     q, k, v = normal(rng, 1, 3, 2, 8), *normal(rng, 2, 1, 5, 2, 8)
     out, lse = attention(q, k, v, kernel="numpy_float64", return_lse=True)
@@ -488,6 +510,8 @@ def test_misaligned_arrays_are_refused_though_the_form_is_known():
         ({"softcap": 1.0}, {"softcap": True}),
         ({"causal": True}, {"causal": 1.0}),
         ({"return_lse": False}, {"return_lse": 0.0}),
+        ({"return_lse": "log2"}, {"return_lse": "LOG2"}),
+        ({"return_lse": "log2"}, {"return_lse": ["log2"]}),
         ({"window": (1, 0)}, {"window": (1.0, 0)}),
         ({"window": [1, 0]}, {"window": [1.0, 0]}),
     ],

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import normal
-from test_forward import DTYPES, HALF, features, masks
+from test_forward import DTYPES, HALF, LSE_FORMS, features, masks
 
 import cupyattn
 
@@ -74,7 +74,7 @@ def tables(rng, positions, half, dtype):
 
 
 NOT_AN_APPENDS = ("k", "v", "cache_leftpad", "num_splits", "causal", "window", "softmax_scale", "softcap")
-NOT_AN_APPENDS += ("alibi_slopes", "sinks", "check")
+NOT_AN_APPENDS += ("alibi_slopes", "sinks", "check", "return_lse")
 
 
 def step(backend, q, cache, **options):
@@ -90,9 +90,10 @@ def step(backend, q, cache, **options):
     else:
         assert stored.tobytes() == cache.array.tobytes()
     options.pop("check", None)
+    form = options.pop("return_lse", True)
     split = cache.split(cache.array)
     expected = oracle.attention_with_kvcache(q, *split, stored=cache.split(stored), **options)
-    expected.check(out, lse, q.dtype.name)
+    expected.check(out, lse, q.dtype.name, form)
     return out, lse
 
 
@@ -261,6 +262,20 @@ def test_nothing_to_see(backend, rng, batch, seqlen_q, rows):
     cache = Cache(normal(rng, (2, batch, rows, 2, 64), "float16"), 0, {})
     step(backend, normal(rng, (batch, seqlen_q, 8, 64), "float16"), cache, cache_seqlens=ints(*[0] * batch))
     step(backend, normal(rng, (batch, seqlen_q, 8, 64), "float16"), cache, causal=True)
+
+
+@pytest.mark.parametrize("form", LSE_FORMS)
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+def test_forms_of_the_lse(backend, rng, num_splits, form):
+    """Of sequences shorter than their queries, of none, and of one that many thread blocks share."""
+    lengths = [0, 1, 3, 17, 1500]
+    cache = paged(rng, held(rng, "float16", lengths), 16, capacity=1510)
+    q = normal(rng, (5, 3, 8, 64), "float16")
+    options = {"cache_seqlens": ints(*lengths), "causal": True, "num_splits": num_splits, "return_lse": form}
+    step(backend, q, cache, **options)
+    step(backend, q, cache, **options, **features(rng, "sinks", heads=8))
+    k, v = normal(rng, (2, 5, 1, 2, 64), "float16")
+    step(backend, q, cache, **options, k=k, v=v)
 
 
 # ---------------------------------------------------------------------------------------------------- masks

@@ -21,7 +21,7 @@ import pytest
 from oracle import normal
 from test_arrays import at_address
 from test_decode import FP8, SCALES, array, dense, held, ints, paged, tables
-from test_forward import features
+from test_forward import LSE_FORMS, features
 
 import cupyattn
 from cupyattn import DecodePlan, attention_with_kvcache, decode_plan
@@ -101,7 +101,18 @@ def test_dense_with_everything(backend, rng, step):
 
 
 @pytest.mark.backends("numpy", "cuda")
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_forms_of_the_lse(backend, rng, step, form):
+    q, _ = step
+    cache = paged(rng, held(rng, "float16", [0, 1, 33, 640]), 16, capacity=700)
+    options = {"cache_seqlens": ints(0, 1, 33, 640), "causal": True, "return_lse": form}
+    agrees(backend, q, cache, **options)
+    many = normal(rng, (4, 70, 8, 64), "float16")  # of which others than decode's kernels see to
+    agrees(backend, many, cache, **options, num_splits=3)
+
+
+@pytest.mark.backends("numpy", "cuda")
+@pytest.mark.parametrize("return_lse", [False, *LSE_FORMS])
 def test_queries_without_an_axis_of_tokens(backend, rng, return_lse):
     q, cache = normal(rng, (4, 1, 8, 64), "float16"), paged(rng, held(rng, "float16", LENGTHS), 16, capacity=70)
     new = dict(zip("kv", normal(rng, (2, 4, 1, 2, 64), "float16"), strict=True))

@@ -227,6 +227,50 @@ def test_lse_is_not_returned_unless_asked_for(backend, rng):
     assert lse.shape == (2, 4, 70) and lse.dtype == np.float32
 
 
+LSE_FORMS = (True, "log2", "flash_attn")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_forms_of_the_lse(backend, rng, form, dtype):
+    """Of rows with and without keys; a sink alone does not make an lse."""
+    options = {"causal": True, "return_lse": form}
+    sinks = features(rng, "sinks")
+    q, k, v = qkv(rng, dtype, seqlen_q=70, seqlen_k=50)
+    backend.agrees("attention", q, k, v, **options)
+    backend.agrees("attention", q, k, v, **options, **sinks)
+    backend.agrees("attention_with_kvcache", q, k, v, **options, cache_seqlens=np.array([50, 0], np.int32))
+    q, k, v, ends_q, ends_k = packed(rng, dtype, [5, 0, 70, 7, 3], [9, 4, 33, 0, 3])
+    backend.agrees("attention_varlen", q, k, v, ends_q[:-1].copy(), ends_k[:-1].copy(), **options)
+    backend.agrees("attention_varlen", q, k, v, np.zeros(1, np.int32), np.zeros(1, np.int32), **options)
+    pairs = sequences(rng, dtype, [0, 33, 130])
+    k, v, table = paged(backend, rng, pairs, 16)
+    q = normal(rng, (3, 70, 4, 64), dtype)
+    lengths = {"cache_seqlens": np.array([0, 33, 130], np.int32), "block_table": table}
+    backend.agrees("attention_with_kvcache", q, k, v, **options, **lengths, **sinks)
+
+
+@pytest.mark.backends("numpy", "cuda")
+def test_forms_of_the_lse_are_those_of_the_natural_one(backend, rng):
+    """The natural one times log2(e) in float32, and the same to the bit but for rows without keys."""
+    q, k, v = qkv(rng, "float16", seqlen_q=70, seqlen_k=50)
+    natural, base2, flash = (backend.call("attention", q, k, v, causal=True, return_lse=form)[1] for form in LSE_FORMS)
+    assert natural.dtype == base2.dtype == flash.dtype == np.float32
+    assert (natural[..., :20] == -np.inf).all() and np.isfinite(natural[..., 20:]).all()
+    assert base2.tobytes() == (natural * np.float32(np.log2(np.e))).tobytes()
+    assert flash.tobytes() == np.where(natural == -np.inf, np.float32(np.inf), natural).tobytes()
+
+
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_forms_of_an_lse_that_is_no_number(backend, rng, form):
+    """NaN stays NaN, and what is infinite because of the scores stays as it is."""
+    q, k, v = qkv(rng, "float16", seqlen_q=70, seqlen_k=50)
+    q[0, 60, 1, 3] = np.nan
+    _, lse = backend.call("attention", q, k, v, causal=True, return_lse=form)
+    assert np.isnan(lse[0, 1, 60])
+    assert (lse[..., :20] == (np.inf if form == "flash_attn" else -np.inf)).all()
+
+
 # ---------------------------------------------------------------------------------------------------- lengths
 
 
@@ -387,6 +431,19 @@ def test_splits_with_features(backend, rng, head_dim, names):
     q, k, v = qkv(rng, "bfloat16", seqlen_q=20, seqlen_k=400, head_dim=head_dim)
     out = backend.place(np.full((2, 4, 20, head_dim), np.nan, q.dtype), lambda array: array.swapaxes(1, 2))
     backend.agrees("attention_with_kvcache", q, k, v, num_splits=3, out=out, **features(rng, *names))
+
+
+@pytest.mark.backends("numpy", "cuda", "cuda-sm90", "cuda-sm80")
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_forms_of_the_lse_of_splits(backend, rng, form):
+    """The splits' own are merged; a split without keys beside one that has some, and rows that have none at all."""
+    lengths = [0, 3, 700, 40, 300]
+    pairs = sequences(rng, "float16", lengths)
+    k, v, table = paged(backend, rng, pairs, 16)
+    options = {"cache_seqlens": np.array(lengths, np.int32), "num_splits": 4, "causal": True, "return_lse": form}
+    for seqlen_q in (70, 3):
+        q = normal(rng, (5, seqlen_q, 4, 64), "float16")
+        backend.agrees("attention_with_kvcache", q, k, v, block_table=table, **options)
 
 
 @splitting

@@ -204,6 +204,39 @@ def test_parts_of_split_keys_leave_without_a_map(launches, monkeypatch):
     assert launches.seen[0][1][3] == COUNTERS + COUNTER_BYTES
 
 
+def lse_form(words):
+    """The factor and the lse of an unseen row in a forward kernel's argument: behind scale and softcap."""
+    return words.view(np.float32)[69:71].tolist()
+
+
+LSE_FORMS = {
+    True: [1, -np.inf],
+    "log2": [float(np.float32(np.log2(np.e))), -np.inf],
+    "flash_attn": [1, np.inf],
+}
+
+
+@pytest.mark.parametrize("form", LSE_FORMS)
+@pytest.mark.parametrize("seqlen_q", [2, 17])
+def test_a_kernel_writes_the_lse_as_it_is_asked_for(launches, seqlen_q, form):
+    out, lse = run(seqlen_q, return_lse=form)
+    ((function, words, _),) = launches.seen
+    assert function == ("decode" if seqlen_q == 2 else "forward_sm90")
+    assert words[4] == lse.data.ptr and lse_form(words) == LSE_FORMS[form]
+
+
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_of_split_keys_the_merge_does(launches, monkeypatch, form):
+    """The parts keep the natural lse, by which they are weighted."""
+    monkeypatch.setattr("cupyattn.kernels.merge.enqueue", launches.enqueue)
+    monkeypatch.setattr("cupyattn.kernels.merge.describe_device", lambda device: DEVICES["90a"])
+    q, *caches = (at(base, (1, rows, 2, 64)) for base, rows in ((0x100000, 64), (0x200000, 4096), (0x300000, 4096)))
+    attention(q, *caches, return_lse=form)
+    (_, attend, _), (_, merge, _) = launches.seen
+    assert launches.kernels == ["forward_sm90", "merge_states"]
+    assert lse_form(attend) == LSE_FORMS[True] and merge.view(np.float32)[-2:].tolist() == LSE_FORMS[form]
+
+
 def test_maps_are_kept_while_arrays_come_back(launches, monkeypatch):
     encoded = []
 

@@ -21,7 +21,7 @@ from oracle import cumulative, normal
 from test_arrays import at_address
 from test_decode import FP8, SCALES, array, dense, held, ints, paged, tables
 from test_decode_plan import OPTIONS, Driver, put, same, seconds
-from test_forward import features, masks, packed, qkv
+from test_forward import LSE_FORMS, features, masks, packed, qkv
 
 import cupyattn
 from cupyattn import DecodePlan, PrefillPlan, RaggedArray, arrays, attention, attention_varlen, prefill_plan
@@ -84,6 +84,20 @@ def test_few_rows_over_many_keys(backend, rng):
     for return_lse in (False, True):
         plan = agrees(backend, "attention", make, causal=True, return_lse=return_lse)
         assert (plan.workspace_bytes > COUNTER_BYTES) is backend.on_gpu
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("form", LSE_FORMS)
+def test_forms_of_the_lse(backend, rng, form):
+    make = fixed_arrays(backend, *qkv(rng, "float16", seqlen_q=70, seqlen_k=50))
+    agrees(backend, "attention", make, causal=True, return_lse=form)
+    make = fixed_arrays(backend, *qkv(rng, "float16", batch=1, seqlen_q=60, seqlen_k=5000))
+    plan = agrees(backend, "attention", make, causal=True, return_lse=form)
+    assert (plan.workspace_bytes > COUNTER_BYTES) is backend.on_gpu  # keys that several blocks share
+    make = fixed_arrays(backend, *packed(rng, "float16", [5, 0, 70, 33], [0, 4, 33, 33]))
+    agrees(backend, "attention_varlen", make, causal=True, return_lse=form)
+    nothing = fixed_arrays(backend, *packed(rng, "float16", [], []))
+    agrees(backend, "attention_varlen", nothing, return_lse=form)
 
 
 @EVERYWHERE
@@ -500,6 +514,11 @@ FORMS = {
     "few queries": lambda made: ("attention", made.dense(seqlen_q=3), {"return_lse": True}),
     "many keys": lambda made: ("attention", made.dense(seqlen_q=20, seqlen_k=3000), {}),
     "many keys, lse": lambda made: ("attention", made.dense(seqlen_q=20, seqlen_k=9000), {"return_lse": True}),
+    "many keys, lse to base 2": lambda made: (
+        "attention",
+        made.dense(seqlen_q=20, seqlen_k=9000),
+        {"return_lse": "log2"},
+    ),
     "packed": lambda made: (
         "attention_varlen",
         [*made.packed(700), made.ints(4)],
@@ -550,6 +569,7 @@ STEPS = ["append_kv", "rotary"]
         ("few queries", "90a", ["decode"]),
         ("many keys", "90a", ["forward_sm90", "merge_states"]),
         ("many keys, lse", "80", ["forward_sm80", "merge_states"]),
+        ("many keys, lse to base 2", "90a", ["forward_sm90", "merge_states"]),
         ("packed", "90a", ["forward_sm90"]),
         ("packed", "75", ["forward_sm80"]),
         ("one cu_seqlens", "90a", ["forward_sm90"]),

@@ -23,7 +23,8 @@ from typing import Any
 
 from ..arrays import refuse, view
 from ..attention import Array, attention, attention_varlen
-from .flash_attn.caches import NAMES, attend_cache, cache_masks, cache_names, masks_of
+from ..problem import check_flag
+from .flash_attn.caches import NAMES, attend_cache, cache_names, masks_of
 from .flash_attn.complaints import named
 from .flash_attn.flash_attn_interface import QKV_NAMES, parts
 
@@ -75,7 +76,8 @@ def flash_attn_func(
     """
     _refuse_missing(attention_chunk, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     masks = masks_of(causal, window_size, softmax_scale, softcap, None)
-    return named(_NAMES, attention, (q, k, v), {**masks, "return_lse": return_attn_probs})
+    lse = check_flag("return_attn_probs", return_attn_probs)
+    return named(NAMES, attention, (q, k, v), {**masks, "return_lse": lse})
 
 
 def flash_attn_qkvpacked_func(
@@ -105,8 +107,8 @@ def flash_attn_qkvpacked_func(
     else:
         q, k, v = parts("qkv", qkv, 3, "(batch, seqlen, 3, nheads, headdim)", as_arrays=False)
     masks = masks_of(causal, window_size, softmax_scale, softcap, None)
-    names = QKV_NAMES | {"return_lse": "return_attn_probs"}
-    return named(names, attention, (q, k, v), {**masks, "return_lse": return_attn_probs})
+    lse = check_flag("return_attn_probs", return_attn_probs)
+    return named(QKV_NAMES, attention, (q, k, v), {**masks, "return_lse": lse})
 
 
 def flash_attn_varlen_func(
@@ -157,9 +159,9 @@ def flash_attn_varlen_func(
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
-        "return_lse": return_attn_probs,
+        "return_lse": check_flag("return_attn_probs", return_attn_probs),
     }
-    return named(_NAMES, attention_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
+    return named(NAMES, attention_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
 
 
 def flash_attn_with_kvcache(
@@ -215,29 +217,27 @@ def flash_attn_with_kvcache(
     >>> out.shape, float(pages[0, 3, 1, 0, 0])
     ((1, 1, 8, 64), 1.0)
     """
-    results, _ = attend_cache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        rotary_interleaved,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        page_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        k_descale,
-        v_descale,
-        num_splits,
-        (qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new),
-        cache_masks(causal, window_size, softmax_scale, softcap, None, None, return_softmax_lse),
-        cache_names(cu_seqlens_q is not None, True, False),
-    )
-    return results
+    options = masks_of(causal, window_size, softmax_scale, softcap, None)
+    options |= {
+        "sinks": None,
+        "return_lse": check_flag("return_softmax_lse", return_softmax_lse),
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": page_table,
+        "k_scale": k_descale,
+        "v_scale": v_descale,
+        "num_splits": num_splits,
+    }
+    packed = cu_seqlens_q, max_seqlen_q
+    unsupported = qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new
+    names = cache_names(cu_seqlens_q is not None, True, False)
+    return attend_cache(q, k_cache, v_cache, options, packed, unsupported, names)
 
 
 def get_scheduler_metadata(
@@ -264,9 +264,6 @@ def get_scheduler_metadata(
     sm_margin: int = 0,
 ) -> None:
     """Nothing: there is no work to share out beforehand, and `flash_attn_with_kvcache` takes None for it."""
-
-
-_NAMES = NAMES | {"return_lse": "return_attn_probs"}
 
 
 def _refuse_missing(attention_chunk: int, **given: Array | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from .. import jit
 from ..arrays import View, current_stream, empty
 from ..plan import COUNTER_BYTES, Device, Plan, choose_kernel, inline_capacity, plan, plan_append
-from ..problem import Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
+from ..problem import NATURAL, Append, Problem, Rotation, contiguous_row_alignment, contiguous_row_strides
 from . import params
 from .operands import AppendOperands, Operands
 from .tensor_map import MAP_BYTES, encode
@@ -119,9 +119,11 @@ class PreparedSplits:
         self._device = device
         shape = problem.batch, problem.seqlen_q, problem.num_heads, problem.head_dim_v
         strides = contiguous_row_strides(shape, False)
-        self._attend = _prepare_attention(replace(problem, o_strides=strides), plan, kernel, device)
+        parts = replace(problem, o_strides=strides, lse_form=NATURAL)
+        self._attend = _prepare_attention(parts, plan, kernel, device)
         form = problem.dtype, plan.kv_splits, *shape
-        self._merge = PreparedMerge(Merge(*form, strides, problem.o_strides, problem.out_alignment), device, True)
+        merge = Merge(*form, strides, problem.o_strides, problem.out_alignment)
+        self._merge = PreparedMerge(merge, device, True, problem.lse_form)
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""

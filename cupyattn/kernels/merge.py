@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from .. import jit
 from ..plan import MERGE_CAPACITIES, plan_merge
+from ..problem import NATURAL, LseForm
 from .launch import describe_device, enqueue
 
 if TYPE_CHECKING:
     from ..states import Merge
 
-_SCALARS = struct.Struct("<6q4i")
+_SCALARS = struct.Struct("<6q4i2f")
 
 Addresses = Sequence[int]
 
@@ -23,14 +24,20 @@ class PreparedMerge:
 
     __slots__ = ("merge", "rounds")
 
-    def __init__(self, merge: Merge, device: int, from_float32: bool = False) -> None:
-        """from_float32: the states are contiguous float32 ones, whatever `merge` says of their dtype and strides."""
+    def __init__(self, merge: Merge, device: int, from_float32: bool = False, lse_form: LseForm = NATURAL) -> None:
+        """from_float32: the states are contiguous float32 ones, whatever `merge` says of their dtype and strides.
+
+        lse_form: of the result; the states' lse is natural.
+        """
         self.merge = merge
         counts = [merge.states]
         while counts[-1] > MERGE_CAPACITIES[-1]:
             counts.append(-(-counts[-1] // MERGE_CAPACITIES[-1]))
         last = len(counts) - 1
-        self.rounds = [_Round(merge, count, from_float32 or i > 0, i < last, device) for i, count in enumerate(counts)]
+        self.rounds = [
+            _Round(merge, count, from_float32 or i > 0, i < last, NATURAL if i < last else lse_form, device)
+            for i, count in enumerate(counts)
+        ]
 
     def __call__(
         self,
@@ -58,9 +65,11 @@ class PreparedMerge:
 class _Round:
     """One kernel: up to as many states as its argument holds, into one."""
 
-    __slots__ = ("kernel", "grid", "threads", "_capacity", "_pointers", "_strides", "_sizes")
+    __slots__ = ("kernel", "grid", "threads", "_capacity", "_pointers", "_strides", "_sizes", "_lse_form")
 
-    def __init__(self, merge: Merge, states: int, from_float32: bool, to_float32: bool, device: int) -> None:
+    def __init__(
+        self, merge: Merge, states: int, from_float32: bool, to_float32: bool, lse_form: LseForm, device: int
+    ) -> None:
         states = min(states, MERGE_CAPACITIES[-1])
         defines, self.grid, self.threads = plan_merge(merge, states, from_float32, to_float32)
         self.kernel = jit.load("merge_states", defines, describe_device(device).arch, "merge_states", device, 0)
@@ -73,6 +82,7 @@ class _Round:
             *(contiguous if to_float32 else merge.out_strides),
         )
         self._sizes = (merge.batch, merge.num_heads, merge.seqlen)
+        self._lse_form = lse_form
 
     def __call__(self, outs: Addresses, lses: Addresses, out: int, lse: int, stream: int) -> None:
         argument = self.argument(outs, lses, out, lse)
@@ -82,4 +92,4 @@ class _Round:
         """The kernel's argument."""
         room = (0,) * (self._capacity - len(outs))
         head = self._pointers.pack(*outs, *room, *lses, *room, out, lse)
-        return head + _SCALARS.pack(*self._strides, len(outs), *self._sizes)
+        return head + _SCALARS.pack(*self._strides, len(outs), *self._sizes, *self._lse_form)

@@ -9,7 +9,7 @@ from ..problem import Append, Problem
 from .operands import AppendOperands, Operands
 
 POINTERS = struct.Struct("<13Qq")
-SCALARS = struct.Struct("<13q13i2f2i4x")
+SCALARS = struct.Struct("<13q13i4f2i4x")
 
 
 def scalars(problem: Problem, plan: Plan) -> bytes:
@@ -35,6 +35,7 @@ def scalars(problem: Problem, plan: Plan) -> bytes:
         plan.pairs_per_section,
         problem.softmax_scale,
         problem.softcap,
+        *problem.lse_form,
         plan.kv_splits,
         plan.total_tiles,
     )

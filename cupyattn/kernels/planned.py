@@ -46,7 +46,8 @@ class Planned:
     Calls must not overlap one another if there is memory, which is theirs alone.
     """
 
-    __slots__ = ("prepared", "memory", "_check", "_inputs", "_template", "_launches", "_of_thread", "_kept", "_quick")
+    __slots__ = ("prepared", "memory", "_roles", "_check", "_inputs", "_template", "_launches", "_of_thread", "_kept")
+    __slots__ += ("_quick", "_order")
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Planned:
 
         self.prepared = prepared
         self.memory = memory
+        self._roles = roles
         self._check = check
         self._inputs = attrgetter(*roles)
         made = launches(prepared, _marked(operands, roles, lse_shape is not None), memory)
@@ -82,9 +84,13 @@ class Planned:
         self._argument()  # a graph may be captured before anything else is run
         _look_closely_after_fork()
 
-    def trust_addresses(self) -> None:
-        """Check none: all arrays come from an allocator that aligns them and gives no two the same memory."""
+    def trust_addresses(self, order: Sequence[tuple[str, ...]]) -> None:
+        """Check none: all arrays come from an allocator that aligns them and gives no two the same memory.
+
+        order: for `at`, the names in `Operands` of what each address is for.
+        """
         self._check = _no_check
+        self._order = [self._template.targets([*self._roles, "out", "lse"], names) for names in order]
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
@@ -98,22 +104,17 @@ class Planned:
             argument.write(self._template.length, operands.uniform_length)
         self._enqueue(argument, stream)
 
-    def at(
-        self, addresses: Sequence[tuple[int, int]], out: int, lse: int, length: int, stream: int, captured: bool
-    ) -> None:
-        """The same for arrays of the planned forms that are known by their addresses alone.
+    def at(self, addresses: list[int], length: int, stream: int, captured: bool) -> None:
+        """The same for arrays of the planned forms that are known by their addresses alone: see `trust_addresses`.
 
-        Each address comes with its place among the roles; what there is none of was not planned. lse is 0 and length -1
-        where the call has none; captured: whether the stream is being captured.
+        length is -1 where the call has none; captured: whether the stream is being captured.
         """
-        argument = self._argument()
-        held = argument.addresses
-        for i, address in addresses:
-            if address != held[i]:
-                argument.put(i, address, _never)
-        argument.put_out(out, _never)
-        if lse:
-            argument.write(self._template.lse, lse)
+        try:
+            argument = self._of_thread.argument
+        except AttributeError:
+            argument = self._argument()
+        if addresses != argument.taken:
+            argument.take(addresses, self._order)
         if length >= 0:
             argument.write(self._template.length, length)
         self._enqueue(argument, stream, captured)
@@ -259,6 +260,10 @@ def _marked(operands: Operands, roles: tuple[str, ...], lse: bool) -> Operands:
     return replace(operands, **marks)
 
 
+_Targets = tuple[list[int], list[tuple[int, Callable[[int], bytes]]]]
+"""Where an address stands in the arguments: in which words, and where maps of its array begin and how to make them."""
+
+
 class _Template:
     """The arguments of all launches one behind the other, and which of their 8-byte words change: those with marks."""
 
@@ -284,6 +289,12 @@ class _Template:
                 else:  # an array of the plan's own
                     words[word : word + MAP_BYTES // 8] = np.frombuffer(found.encode(found.address), np.int64)
 
+    def targets(self, roles: Sequence[str], names: Sequence[str]) -> _Targets:
+        """Where an array that is all of these stands; roles: of those that are read, then "out" and "lse"."""
+        places = [roles.index(name) for name in names]
+        words = [word for place in places for word in [*self.inputs, self.out, self.lse][place]]
+        return words, [(word, encode) for array, word, encode in self.maps if array in places]
+
 
 def _no_check(addresses: Addresses, out: int) -> None:
     """Nothing is refused."""
@@ -304,7 +315,7 @@ class _Argument:
     can change in a CuPy array is its shape, and then it is still the same memory.
     """
 
-    __slots__ = ("words", "locations", "references", "addresses", "out_reference", "out", "checked")
+    __slots__ = ("words", "locations", "references", "addresses", "out_reference", "out", "checked", "taken")
     __slots__ += ("_template", "_pointers", "_mapped", "_bytes")
 
     def __init__(self, template: _Template, absent: list[bool]) -> None:
@@ -322,6 +333,7 @@ class _Argument:
         self.out_reference: Callable[[], Any] = _never
         self.out = 0
         self.checked = False
+        self.taken: list[int] = []
         self._template = template
         self._mapped = [0] * len(template.maps)
 
@@ -341,6 +353,16 @@ class _Argument:
             self.write(self._template.out, address)
             self.checked = False
         self.out_reference = reference
+
+    def take(self, addresses: list[int], order: list[_Targets]) -> None:
+        """Write those addresses that are not as in the call before, each to its targets, with its maps."""
+        before = self.taken or [0] * len(addresses)
+        for address, last, (places, maps) in zip(addresses, before, order):  # noqa: B905 (as above)
+            if address != last:
+                self.write(places, address)
+                for first, encode in maps:
+                    self._bytes[8 * first : 8 * first + MAP_BYTES] = encode(address)
+        self.taken = addresses
 
     def write(self, places: list[int], word: int) -> None:
         """Write the same word in all these places."""

@@ -242,7 +242,7 @@ class KVCache:
         v: Array | None = None,
         *,
         window: tuple[int, int] | None = None,
-        return_lse: bool = False,
+        return_lse: bool | str = False,
         out: Array | None = None,
         **options: Any,
     ) -> Array | tuple[Array, Array]:
@@ -254,7 +254,7 @@ class KVCache:
             q: (batch, heads, seqlen_q, head_dim), or in the order that `layout` says.
             k, v: new tokens, as for `append`.
             window: as in `attention`; of a ring it can only be narrower than the cache's own, which is the default.
-            return_lse: also return the natural logarithm of the softmax's denominator.
+            return_lse: also return the lse, in the form that is asked for, as in `attention`.
             out: an array of the result's shape to write into.
             options: causal, softmax_scale, softcap, alibi_slopes, sinks, rotary_cos, rotary_sin, rotary_interleaved,
                 kv_dtype, k_scale, v_scale, num_splits, kernel and check of `attention_with_kvcache`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/types.cuh"
+#include "common/lse.cuh"
 
 // Values of CACHE_KIND.
 #define CACHE_DENSE 0
@@ -42,6 +43,7 @@ struct ForwardParams {
     int pairs_per_section;         // dense q: (sequence, head) pairs that are worked on together
     float softmax_scale;
     float softcap;
+    LseForm lse_form;              // KV_SPLITS: the natural one, which the merge goes by
     int kv_splits;                 // KV_SPLITS: blocks that share the keys of a tile
     int total_tiles;               // forward_sm90: that its blocks take in turn
 };

@@ -6,11 +6,11 @@
 
 struct RowResult {
     float scale; // for the accumulated output
-    float lse;   // natural
+    float lse;   // in the form that was asked for
 };
 
-// `maximum` counts in powers of two and is -infinity, with sum 0, for a row that saw no key: its result is 0 and
-// -infinity. A sink is one more term of the sum without a value. `poison` marks rows whose indices did not fit.
+// `maximum` counts in powers of two and is -infinity, with sum 0, for a row that saw no key: its output is 0. A
+// sink is one more term of the sum without a value. `poison` marks rows whose indices did not fit.
 __device__ __forceinline__ RowResult finish_row(const ForwardParams& p, int head, float maximum, float sum, bool poison) {
     RowResult result = {0.0f, -infinity()};
     const bool sees_keys = !(maximum == -infinity() && sum == 0.0f);
@@ -29,6 +29,7 @@ __device__ __forceinline__ RowResult finish_row(const ForwardParams& p, int head
         result.lse = (top + __log2f(sum)) * LN_2;
 #endif
     }
+    result.lse = lse_in_form(p.lse_form, result.lse);
     if (poison) result.scale = result.lse = quiet_nan();
     return result;
 }

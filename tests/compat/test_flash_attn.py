@@ -558,23 +558,19 @@ def test_a_cache_whose_head_dim_is_scattered_is_refused():
         flash_attn.flash_attn_with_kvcache(**given)
 
 
-@pytest.mark.parametrize("seqlen_new", [0, 2])
-@pytest.mark.parametrize("length", ["int", "none", "array"])
-def test_an_lse_is_looked_through_only_where_a_row_may_be_without_keys(rng, monkeypatch, length, seqlen_new):
-    """What the host knows of the lengths says so; looking costs a kernel."""
-    looked = []
-    monkeypatch.setattr(flash_attn_interface, "flash_attn_lse", lambda lse: looked.append(lse) or lse)
-    q, caches = normal(rng, (2, 3, HEADS, HEAD_DIM), "float16"), normal(rng, (2, 2, 9, KV_HEADS, HEAD_DIM), "float16")
-    new = dict(zip("kv", normal(rng, (2, 2, seqlen_new, KV_HEADS, HEAD_DIM), "float16"), strict=True))
-    lengths = {"int": 4, "none": None, "array": np.array([4, 5], np.int32)}[length]
-    if length == "none" and seqlen_new:
-        return
-    options = {"cache_seqlens": lengths, "causal": True, "return_softmax_lse": True} | (new if seqlen_new else {})
-    flash_attn.flash_attn_with_kvcache(q, *caches, **options)
-    assert bool(looked) is (length == "array")
-    if length == "int" and not seqlen_new:
-        flash_attn.flash_attn_with_kvcache(q, *caches, **options | {"cache_seqlens": 2})
-        assert looked
+@pytest.mark.parametrize("name", ["attention_with_kvcache", "attention_varlen"])
+def test_the_lse_is_what_the_kernels_wrote(rng, monkeypatch, name):
+    """Rows without keys are theirs to know: nobody looks through the lse behind them, which would cost a kernel."""
+    made, function = [], getattr(caches, name)
+    monkeypatch.setattr(caches, name, lambda *given, **options: made.append(function(*given, **options)) or made[-1])
+    q, held = normal(rng, (2, 3, HEADS, HEAD_DIM), "float16"), normal(rng, (2, 2, 9, KV_HEADS, HEAD_DIM), "float16")
+    options = {"cache_seqlens": np.array([2, 5], np.int32), "causal": True, "return_softmax_lse": True}
+    if name == "attention_varlen":
+        q, options["cu_seqlens_q"] = q.reshape(6, HEADS, HEAD_DIM), cumulative([3, 3])
+    out, lse = flash_attn.flash_attn_with_kvcache(q, *held, **options)
+    ((wrote, as_asked),) = made
+    assert out is wrote and lse is as_asked
+    assert (lse == np.inf).sum() == HEADS and not (lse == -np.inf).any()
 
 
 # -------------------------------------------------------------------------------------------------- refusals
@@ -655,6 +651,7 @@ OWN = {
         ({"k_cache": np.zeros((2, 5, 2, 32), np.uint8)}, "k_cache: got uint8, expected q's dtype float16$"),
         ({"q": halves(3, 3, 4, 32), "k": None, "v": None, "cache_seqlens": None}, "k_cache: got batch 2, expected q's"),
         ({"return_softmax_lse": "yes"}, "return_softmax_lse: got 'yes', expected True or False"),
+        ({"return_softmax_lse": "log2"}, "return_softmax_lse: got 'log2', expected True or False"),
         ({"rotary_cos": halves(9, 8)}, "rotary_sin: got None, expected rotary_cos and rotary_sin"),
         ({"learnable_sink": np.ones(4)}, r"learnable_sink: got float64, .*pass learnable_sink.astype\(np.float32\)"),
         ({"learnable_sink": np.ones(3, np.float32)}, r"learnable_sink: got shape \(3,\)"),

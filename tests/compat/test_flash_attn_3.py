@@ -129,6 +129,7 @@ Q, K = np.ones((2, 3, HEADS, HEAD_DIM), np.float16), np.ones((2, 5, KV_HEADS, HE
         ("flash_attn_func", {"attention_chunk": 8}, "attention_chunk: got 8, expected 0"),
         ("flash_attn_func", {"window_size": (1,)}, r"window_size: got \(1,\), expected"),
         ("flash_attn_func", {"return_attn_probs": "yes"}, "return_attn_probs: got 'yes', expected True or False"),
+        ("flash_attn_func", {"return_attn_probs": "log2"}, "return_attn_probs: got 'log2', expected True or False"),
         ("flash_attn_func", {"v": K[:, :4]}, r"v: got shape \(2, 4, 2, 32\), expected k's shape"),
         ("flash_attn_varlen_func", {"seqused_q": Q}, "seqused_q: got an array, expected None"),
         ("flash_attn_varlen_func", {"max_seqlen_q": 2}, "max_seqlen_q: got 2, expected at least the longest"),

@@ -21,6 +21,7 @@ from compat.test_flashinfer_common import (
 )
 from oracle import normal
 
+from cupyattn import DecodePlan
 from cupyattn.compat import flashinfer
 
 LENGTHS = [5, 33, 1, 0, 17]
@@ -218,6 +219,22 @@ def test_out_and_lse_are_written_into(rng, lib):
     assert wrapper.run(lib.put(q), p.cache(lib), out=narrow) is narrow
     check_base2(expect(p, q), lib.get(wide)[:, :, 5:69], None, "float32")
     assert np.isnan(lib.get(wide)[:, :, :5]).all() and np.isnan(lib.get(wide)[:, :, 69:]).all()
+
+
+@over_libs()
+def test_the_lse_is_what_the_kernel_wrote(rng, lib, monkeypatch):
+    """To base 2 already, and contiguous where each sequence has one query: nothing need follow the step."""
+    made, run = [], DecodePlan.run
+    monkeypatch.setattr(
+        DecodePlan, "run", lambda plan, *given, **roles: made.append(run(plan, *given, **roles)) or made[-1]
+    )
+    p, q = paged(rng, LENGTHS, 16), normal(rng, (5, 8, 64), "float32")
+    wrapper = planned(lib, p, q)
+    for _ in range(2):
+        out, lse = wrapper.run(lib.put(q), p.cache(lib), return_lse=True)
+        wrote, as_asked = made.pop()
+        assert out is wrote and lse is as_asked and not made
+        check_base2(expect(p, q), lib.get(out), lib.get(lse), "float32")
 
 
 @over_libs()

@@ -144,6 +144,9 @@ def test_alibi(rng, lib, queries):
     check_base2(expected, lib.get(out), lib.get(lse), "float32", more)
     biased = by_definition(p, q, queries)
     assert np.allclose(lib.get(lse), biased * LOG2E, rtol=0, atol=1e-4)
+    for layout in ("NH", "HN"):
+        _, lse = wrapper.run(lib.put(q), p.cache(lib), return_lse=True, lse_base="ln", lse_layout=layout)
+        assert np.allclose(lib.get(lse), biased if layout == "NH" else biased.T, rtol=0, atol=1e-4)
 
 
 def by_definition(p, q, queries):

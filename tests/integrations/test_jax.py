@@ -555,7 +555,7 @@ def test_traced_options_are_refused(rng, name):
         ({"window": [1, {}]}, "window", ".*", "two ints", TypeError),
         ({"softmax_scale": [1]}, "softmax_scale", r"\[1\]", "a number", TypeError),
         ({"kernel": "numpy_float64"}, "kernel", "'numpy_float64'", "auto", ValueError),
-        ({"return_lse": "yes"}, "return_lse", "'yes'", "True or False", TypeError),
+        ({"return_lse": "yes"}, "return_lse", "'yes'", "True, False, 'log2' or 'flash_attn'", TypeError),
         ({"sinks": np.zeros(3, np.float32)}, "sinks", r"shape \(3,\)", r"\(4,\)", ValueError),
     ],
 )
@@ -715,7 +715,7 @@ def results_at(start):
 @pytest.fixture
 def gpu(driver, monkeypatch):  # noqa: F811
     """A GPU that is not there."""
-    monkeypatch.setattr(calls, "address_of", lambda buffer: buffer.address)
+    monkeypatch.setattr(calls, "_by_asking", lambda buffers: [buffer.address for buffer in buffers])
     monkeypatch.setattr(workspace, "outside_capture", nullcontext)
     return driver
 
@@ -748,7 +748,7 @@ def test_streams_and_captured_results_have_plans_of_their_own(gpu):
     def plans(stream, start, capturing=False):
         gpu.capturing = capturing
         callback(SimpleNamespace(stream=stream), results_at(start), *buffers)
-        return len(callback._plans)
+        return len(callback._launches)
 
     assert [plans(5, RESULTS), plans(5, 2 * RESULTS), plans(6, RESULTS)] == [1, 1, 2]
     assert [plans(5, RESULTS, True), plans(5, RESULTS, True), plans(5, 2 * RESULTS, True)] == [3, 3, 4]
@@ -761,7 +761,7 @@ def test_a_callback_launches_on_its_buffers_device(gpu):
     buffers = [Buffer((1 + i) << 20, device=1) for i in range(len(STEP))]
     for gpu.device in (0, 1):
         callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
-    assert gpu.launches_on == [1, 1] and len(callback._plans) == 1
+    assert gpu.launches_on == [1, 1] and len(callback._launches) == 1
 
 
 def test_new_rows_without_a_query_are_launched_too(gpu, monkeypatch):
@@ -775,21 +775,75 @@ def test_new_rows_without_a_query_are_launched_too(gpu, monkeypatch):
     assert operands.k.pointer == buffers[[a.role for a in callback._described.arrays].index("k_new")].address
 
 
+def words_of(callback):
+    """The arguments of the launches that a callback made last."""
+    (launch,) = callback._launches.values()
+    return list(launch.__self__._argument().words)
+
+
+def test_addresses_that_come_and_go_are_written_anew(gpu):
+    """As a callback of its own writes them."""
+    callback, buffers = step_callback()
+    seen = []
+    for queries, results in ((1, 2), (1, 3), (1, 2), (3, 2), (2, 1)):
+        buffers[0] = Buffer(queries * RESULTS)
+        other, _ = step_callback()
+        for each in (callback, other):
+            each(SimpleNamespace(stream=5), results_at(results * RESULTS), *buffers)
+        assert words_of(callback) == words_of(other)
+        seen.append(words_of(callback))
+    assert seen[0] == seen[2] and len(set(map(tuple, seen))) == 4
+
+
+def test_maps_are_those_of_the_addresses(gpu, monkeypatch):
+    """Outputs alternate, and an input comes to lie where an output did."""
+    made = []
+
+    def encode(pointer, *form):
+        made.append(pointer)
+        return pointer.to_bytes(8, "little") * 16
+
+    monkeypatch.setattr(cupyattn.kernels.launch, "encode", encode)
+    shape, options = (1, 128, 8, 64), {"causal": True, "window": None, "softmax_scale": None, "softcap": None}
+    options |= {"return_lse": False, "kernel": "auto"}
+    form = Form("attention", tuple(options.items()), tuple(map(type, options.values())), None, False)
+    callback = calls.Callback(described(form, tuple(Abstract(role, shape, "float16") for role in "qkv")))
+    for *inputs, out in ((1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 3, 4), (5, 2, 3, 4), (5, 4, 3, 2)):
+        places = [one << 20 for one in (*inputs, out)]
+        callback(SimpleNamespace(stream=5), (Buffer(places[3]),), *map(Buffer, places[:3]))
+        words = words_of(callback)
+        maps = [[place] * 16 for place in places]
+        assert any(words[i : i + 64] == sum(maps, []) for i in range(len(words)))
+    assert len(made) == 8  # once for each array at each address
+
+
 def test_addresses_are_those_of_xlas_buffers(rng):
     """On the CPU, where NumPy tells them too."""
     seen = []
 
-    def look(context, results, x):
-        for buffer in (*results, x):
-            ways = calls.address_of, calls._by_asking, calls._by_layout
-            seen.append(({way(buffer) for way in ways}, {np.asarray(buffer).ctypes.data}))
-        np.asarray(results[0])[...] = np.asarray(x)
+    def look(context, results, *arrays):
+        buffers = results + arrays
+        word = calls._word_of_address(buffers)
+        ways = calls._by_asking(buffers), calls._by_layout(word, buffers)
+        seen.append((*ways, [np.asarray(buffer).ctypes.data for buffer in buffers]))
+        np.asarray(results[0])[...] = np.asarray(arrays[0])
 
     with jax.default_device(jax.devices("cpu")[0]):
-        x = jnp.asarray(normal(rng, (3, 5), "bfloat16"))
-        made = calls.buffer_callback(look, (jax.ShapeDtypeStruct(x.shape, x.dtype),))(x)
+        x, y = (jnp.asarray(normal(rng, (3, 5), "bfloat16")) for _ in "xy")
+        made = calls.buffer_callback(look, (jax.ShapeDtypeStruct(x.shape, x.dtype),))(x, y)
         jax.block_until_ready(made)
-    assert len(seen) == 2 and all(own == numpys != {0} for own, numpys in seen)
-    array = np.ones(3)
-    assert calls._by_asking(array) == calls._by_layout(array) == array.ctypes.data
-    assert calls.address_of is (calls._by_layout if sys.implementation.name == "cpython" else calls._by_asking)
+    ((asked, held, expected),) = seen
+    assert asked == held == expected and len(set(asked)) == 3
+
+
+def test_buffers_that_do_not_hold_their_address_are_asked():
+    class Foreign:
+        def __init__(self):
+            self.array = np.ones(3)
+
+        def __dlpack__(self):
+            return self.array.__dlpack__()
+
+    buffers = tuple(Foreign() for _ in range(3))
+    assert calls._word_of_address(buffers) is None
+    assert calls._by_asking(buffers) == [buffer.array.ctypes.data for buffer in buffers]

@@ -11,7 +11,6 @@ from ...arrays import refuse, view
 from ...attention import Array, attention_varlen, attention_with_kvcache
 from ...kvcache.placing import put
 from .complaints import named
-from .results import may_be_blind
 
 NAMES = {"window": "window_size"}  # what cupyattn's functions call arguments, and what they are called here
 
@@ -19,8 +18,7 @@ NAMES = {"window": "window_size"}  # what cupyattn's functions call arguments, a
 @cache
 def cache_names(packed_queries: bool, page_table: bool, seqused_k: bool) -> dict[str, str]:
     """What cupyattn calls arguments, and what they are called here, by the spellings that were used."""
-    names = {"return_lse": "return_softmax_lse", "sinks": "learnable_sink", "k_scale": "k_descale"}
-    names |= {**NAMES, "v_scale": "v_descale"}
+    names = {**NAMES, "sinks": "learnable_sink", "k_scale": "k_descale", "v_scale": "v_descale"}
     if page_table:
         names["block_table"] = "page_table"
     if seqused_k:
@@ -29,6 +27,9 @@ def cache_names(packed_queries: bool, page_table: bool, seqused_k: bool) -> dict
         names |= {"k": "k_cache", "v": "v_cache"}
         names["seqused_k"] = "seqused_k" if seqused_k else "cache_seqlens"
     return names
+
+
+MASKS = ("causal", "window", "softmax_scale", "softcap", "alibi_slopes")
 
 
 def masks_of(
@@ -54,7 +55,7 @@ _UNBOUNDED = (-1, -1)
 def _window(window_size: Any) -> Any:
     """window_size as cupyattn takes it: two numbers in an array are two ints, and any that is negative means -1."""
     if type(window_size) is tuple and window_size == _UNBOUNDED:
-        return window_size
+        return None  # for which nothing is to be looked at
     if hasattr(window_size, "tolist"):
         window_size = window_size.tolist()
     if isinstance(window_size, (tuple, list)) and all(isinstance(side, (int, np.integer)) for side in window_size):
@@ -62,89 +63,36 @@ def _window(window_size: Any) -> Any:
     return window_size
 
 
-def cache_masks(
-    causal: bool,
-    window_size: tuple[int, int],
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Array | None,
-    learnable_sink: Array | None,
-    return_softmax_lse: bool,
-) -> dict[str, Any]:
-    """`masks_of` with what only a step over a cache has."""
-    masks = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
-    masks["sinks"], masks["return_lse"] = learnable_sink, return_softmax_lse
-    return masks
-
-
 def attend_cache(
     q: Array,
     k_cache: Array,
     v_cache: Array,
-    k: Array | None,
-    v: Array | None,
-    rotary_cos: Array | None,
-    rotary_sin: Array | None,
-    rotary_interleaved: bool,
-    cache_seqlens: Array | int | None,
-    cache_batch_idx: Array | None,
-    cache_leftpad: Array | None,
-    block_table: Array | None,
-    cu_seqlens_q: Array | None,
-    max_seqlen_q: int | None,
-    k_descale: Array | float | None,
-    v_descale: Array | float | None,
-    num_splits: int,
+    options: dict[str, Any],
+    packed: tuple[Array | None, int | None],
     unsupported: tuple[Any, ...],
-    masks: dict[str, Any],
     names: dict[str, str],
-) -> tuple[Array | tuple[Array, Array], bool]:
-    """`attention_with_kvcache`, or for packed queries `attention_varlen`, and whether rows may be without keys.
+) -> Array | tuple[Array, Array]:
+    """`attention_with_kvcache`, or for packed queries `attention_varlen`.
 
-    unsupported: (qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new), which are refused if they ask for
-    anything. With masks["return_lse"] the first result is a pair, whose lse is -inf for rows without keys.
+    Args:
+        q, k_cache, v_cache: as there.
+        options: all of `attention_with_kvcache` but layout, kv_dtype, out, kernel and check.
+        packed: (cu_seqlens_q, max_seqlen_q).
+        unsupported: (qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new), which are refused if they ask
+            for anything.
+        names: as in `named`.
     """
     qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new = unsupported
     if attention_chunk or not (qv is q_descale is rotary_seqlens is cu_seqlens_k_new is None):
-        _refuse_what_is_missing(*unsupported, k)
-    if cu_seqlens_q is not None:
-        alone = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_leftpad": cache_leftpad}
-        _refuse_beside_packed_queries(alone | {"k_descale": k_descale, "v_descale": v_descale})
-        if block_table is None and cache_batch_idx is not None:
+        _refuse_what_is_missing(*unsupported, options["k"])
+    if packed[0] is not None:
+        _refuse_beside_packed_queries(options)
+        if options["block_table"] is None and options["cache_batch_idx"] is not None:
             names = names | {"block_table": "cache_batch_idx"}  # which is what becomes of it
-        places = (cu_seqlens_q, max_seqlen_q, cache_seqlens, cache_batch_idx, block_table)
-        return named(names, _packed_queries, (q, k_cache, v_cache, *places, masks)), True
-    if block_table is None and cache_batch_idx is None:
+        return named(names, _packed_queries, (q, k_cache, v_cache, *packed, options))
+    if options["block_table"] is None and options["cache_batch_idx"] is None:
         k_cache, v_cache = _first_entries(q, k_cache, v_cache)
-    options = {
-        **masks,
-        "k": k,
-        "v": v,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "rotary_interleaved": rotary_interleaved,
-        "cache_seqlens": cache_seqlens,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "block_table": block_table,
-        "k_scale": k_descale,
-        "v_scale": v_descale,
-        "num_splits": num_splits,
-    }
-    results = named(names, attention_with_kvcache, (q, k_cache, v_cache), options)
-    if not masks["return_lse"]:
-        return results, False
-    fewest = 0 if cache_leftpad is not None else _fewest_keys(k_cache, k, cache_seqlens, block_table)
-    return results, may_be_blind(q.shape[1], fewest, masks["causal"], masks["window"])
-
-
-def _fewest_keys(k_cache: Array, k: Array | None, cache_seqlens: Array | int | None, block_table: Array | None) -> int:
-    """How many keys each sequence has for sure, by what the host knows."""
-    if cache_seqlens is None:
-        held = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    else:
-        held = int(cache_seqlens) if isinstance(cache_seqlens, (int, np.integer)) else 0
-    return held + (0 if k is None else k.shape[1])
+    return named(names, attention_with_kvcache, (q, k_cache, v_cache), options)
 
 
 def _packed_queries(
@@ -153,12 +101,11 @@ def _packed_queries(
     v_cache: Array,
     cu_seqlens_q: Array,
     max_seqlen_q: int | None,
-    cache_seqlens: Array | int | None,
-    cache_batch_idx: Array | None,
-    block_table: Array | None,
-    masks: dict[str, Any],
+    options: dict[str, Any],
 ) -> Array | tuple[Array, Array]:
     """`attention_varlen` over a cache. A dense one is paged, with one block for each of its entries."""
+    block_table, cache_seqlens = options["block_table"], options["cache_seqlens"]
+    cache_batch_idx = options["cache_batch_idx"]
     if block_table is None:
         block_table = _entries_as_blocks(q, k_cache, cu_seqlens_q, cache_batch_idx)
     elif cache_batch_idx is not None:
@@ -173,7 +120,7 @@ def _packed_queries(
         max_seqlen_q=max_seqlen_q,
         block_table=block_table,
         seqused_k=cache_seqlens,
-        **masks,
+        **{name: options[name] for name in (*MASKS, "sinks", "return_lse")},
     )
 
 
@@ -246,8 +193,10 @@ def _refuse_what_is_missing(
         refuse("cu_seqlens_k_new", "an array", "None: k and v are appended as (batch, seqlen_new, nheads_k, headdim)")
 
 
-def _refuse_beside_packed_queries(given: dict[str, Any]) -> None:
-    for name, argument in given.items():
-        if argument is not None:
+def _refuse_beside_packed_queries(options: dict[str, Any]) -> None:
+    alone = {"k": "k", "v": "v", "rotary_cos": "rotary_cos", "rotary_sin": "rotary_sin"}
+    alone |= {"cache_leftpad": "cache_leftpad", "k_scale": "k_descale", "v_scale": "v_descale"}
+    for option, name in alone.items():
+        if options[option] is not None:
             instead = "; append with cupyattn.append_kv before" if name in ("k", "v") else ""
             refuse(name, "given together with cu_seqlens_q", f"None{instead}")

@@ -17,7 +17,8 @@ What they have in common, beyond the shapes in each docstring:
 - S_dmask, the third of what return_attn_probs=True returns: the softmax's weights in q's dtype, (batch, nheads,
   seqlen_q, seqlen_k), where flash_attn rounds both lengths up to multiples of 128, and without dropout returns an array
   without elements. They are computed by several calls, take memory that grows with seqlen_q * seqlen_k, and are meant
-  for tests, as in flash_attn. For the lse alone call `cupyattn.attention` or `attention_varlen` with return_lse=True.
+  for tests, as in flash_attn. For the lse alone call `cupyattn.attention` or `attention_varlen` with
+  return_lse="flash_attn".
 
 Bad arguments raise TypeError or ValueError before anything is written, by their names here.
 """
@@ -29,11 +30,14 @@ from typing import Any
 
 from ...arrays import View, refuse, split_axis, view
 from ...attention import Array, attention, attention_varlen
-from .caches import NAMES, attend_cache, cache_masks, cache_names, either, masks_of
+from ...problem import check_flag
+from .caches import NAMES, attend_cache, cache_names, either, masks_of
 from .complaints import named, refuse_dropout
-from .results import flash_attn_lse, may_be_blind, probabilities, varlen_probabilities
+from .results import probabilities, varlen_probabilities
 
 Results = Array | tuple[Array, Array, Array]
+
+LSE = "flash_attn"  # the return_lse of this library's functions for the softmax_lse here
 
 KV_NAMES = {**NAMES, "k": "kv", "v": "kv"}
 QKV_NAMES = {**KV_NAMES, "q": "qkv", "k": "qkv", "v": "qkv"}
@@ -287,30 +291,27 @@ def flash_attn_with_kvcache(
         block_table = either("block_table", block_table, "page_table", page_table)
     if seqused_k is not None:
         cache_seqlens = either("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
-    masks = cache_masks(causal, window_size, softmax_scale, softcap, alibi_slopes, learnable_sink, return_softmax_lse)
-    results, may_lack_keys = attend_cache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        rotary_interleaved,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        k_descale,
-        v_descale,
-        num_splits,
-        (qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new),
-        masks,
-        cache_names(cu_seqlens_q is not None, page_table is not None, seqused_k is not None),
-    )
-    return _with_lse(results) if return_softmax_lse and may_lack_keys else results
+    options = masks_of(causal, window_size, softmax_scale, softcap, alibi_slopes)
+    options |= {
+        "sinks": learnable_sink,
+        "return_lse": LSE if check_flag("return_softmax_lse", return_softmax_lse) else False,
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_interleaved": rotary_interleaved,
+        "cache_seqlens": cache_seqlens,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+        "k_scale": k_descale,
+        "v_scale": v_descale,
+        "num_splits": num_splits,
+    }
+    packed = cu_seqlens_q, max_seqlen_q
+    unsupported = qv, q_descale, rotary_seqlens, attention_chunk, cu_seqlens_k_new
+    names = cache_names(cu_seqlens_q is not None, page_table is not None, seqused_k is not None)
+    return attend_cache(q, k_cache, v_cache, options, packed, unsupported, names)
 
 
 def _dense(
@@ -326,9 +327,7 @@ def _dense(
     refuse_dropout(dropout_p)
     if not return_attn_probs:
         return named(names, attention, (q, k, v), masks)
-    results = named(names, attention, (q, k, v), {**masks, "return_lse": True})
-    if may_be_blind(q.shape[1], k.shape[1], masks["causal"], masks["window"]):
-        results = _with_lse(results)
+    results = named(names, attention, (q, k, v), {**masks, "return_lse": LSE})
     return *results, named(names, probabilities, (q, k, masks))
 
 
@@ -349,19 +348,13 @@ def _varlen(
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "block_table": block_table,
-        "return_lse": bool(return_attn_probs),
+        "return_lse": LSE if return_attn_probs else False,
         "check": True if return_attn_probs else None,  # they are waited for and read all the same
     }
     results = named(names, attention_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
     if not return_attn_probs:
         return results
-    return *_with_lse(results), named(names, varlen_probabilities, (q, k, *places, masks))
-
-
-def _with_lse(results: tuple[Array, Array]) -> tuple[Array, Array]:
-    """An output and its lse as flash_attn has it."""
-    out, lse = results
-    return out, flash_attn_lse(lse)
+    return *results, named(names, varlen_probabilities, (q, k, *places, masks))
 
 
 def parts(name: str, packed: Array, count: int, form: str, as_arrays: bool) -> Sequence[Array | View]:

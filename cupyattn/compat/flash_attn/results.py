@@ -1,10 +1,8 @@
-"""What flash_attn returns beside the output: its softmax_lse, and the softmax probabilities it calls S_dmask."""
+"""The softmax probabilities that flash_attn returns beside the output and its lse, and calls S_dmask."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,36 +11,6 @@ from ...arrays import View, deliver, empty, fill, host_array, numpy_dtype, view
 from ...attention import Array, attention
 from ...kvcache.placing import put, take
 from ...streams import device_of
-
-
-def may_be_blind(seqlen_q: int, fewest_keys: int, causal: bool, window: tuple[int, int] | None) -> bool:
-    """Whether a row can be without keys, where every sequence has seqlen_q queries and at least fewest_keys keys."""
-    right = 0 if causal else -1 if window is None else window[1]
-    return fewest_keys == 0 or 0 <= right < seqlen_q - fewest_keys
-
-
-def flash_attn_lse(lse: Array) -> Array:
-    """lse with +inf for rows without keys, as flash_attn 2 has it, instead of -inf; in place but on JAX arrays."""
-    infinite = {"nan": np.nan, "posinf": np.inf, "neginf": np.inf}
-    if hasattr(lse, "nan_to_num_"):  # PyTorch's
-        return lse.nan_to_num_(**infinite)
-    found = view(lse, "softmax_lse")
-    if found.library == "jax":
-        return sys.modules["jax"].numpy.nan_to_num(lse, **infinite)
-    with device_of(found):
-        if found.device < 0:
-            np.nan_to_num(_workable(found), copy=False, **infinite)
-        else:
-            _without_minus()(_workable(found), _workable(found))
-    return lse
-
-
-@cache
-def _without_minus() -> Any:
-    """CuPy's nan_to_num takes several kernels for what this one does."""
-    import cupy
-
-    return cupy.ElementwiseKernel("T lse", "T out", "out = isinf(lse) ? abs(lse) : lse", "cupyattn_flash_attn_lse")
 
 
 def probabilities(q: Array, k: Array, masks: Mapping[str, Any]) -> Array:

@@ -4,7 +4,7 @@ Names, arguments, shapes and meaning are those of FlashInfer 0.2 (Ye et al. 2025
 versions added where it means something here; what does not is refused by name. Two things to know:
 
 - The log-sum-exp is **to base 2** here, (rows, heads), as in FlashInfer. `cupyattn` itself has natural logarithms,
-  (heads, rows).
+  (heads, rows), unless return_lse="log2" asks for these.
 - A workspace buffer says where a wrapper works. The kernels bring their own memory.
 
 Code that cannot be edited has its own `import flashinfer` lead here by `cupyattn.compat.install_as`.

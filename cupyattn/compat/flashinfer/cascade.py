@@ -14,7 +14,7 @@ from .decode import BatchDecodeWithPagedKVCacheWrapper
 from .library import Array, Library, library_of
 from .lse import LN2, LOG2E, scaled
 from .prefill import BatchPrefillWithPagedKVCacheWrapper
-from .single import NO_SCALES, attend_natural, no_masks, rows_first
+from .single import NO_SCALES, attend_rows, no_masks, rows_first
 from .steps import Results
 
 State = tuple[Array, Array]
@@ -420,7 +420,7 @@ class BatchPrefillWithSharedPrefixPagedKVCacheWrapper:
         k, v = split_cache(unique_kv_cache, self._kv_layout)
         own = self._own._natural(q, k, v)
         prefix = rows_first("k_shared", k_shared, self._kv_layout), rows_first("v_shared", v_shared, self._kv_layout)
-        shared = attend_natural(q, *prefix, no_masks, NO_SCALES, True, sm_scale=sm_scale)
+        shared = attend_rows(q, *prefix, no_masks, NO_SCALES, True, sm_scale=sm_scale)
         return merge_results(self._own._home.library, [shared, own])
 
     def end_forward(self) -> None:

@@ -1,4 +1,4 @@
-"""The log-sum-exp as FlashInfer has it: base 2, rows before heads. This library's is natural, heads before rows."""
+"""The log-sum-exp as FlashInfer has it: to base 2, rows before heads. In this library heads come before rows."""
 
 from __future__ import annotations
 
@@ -13,35 +13,44 @@ LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 
 
-def scaled(library: Library, lse: Array, factor: float, target: Array | None = None) -> Array:
-    """lse times factor, float32, in a new contiguous array or in target."""
-    if target is None:
-        target = library.empty(tuple(lse.shape), "float32")
+def scaled(library: Library, lse: Array, factor: float) -> Array:
+    """lse times factor, float32, in a new contiguous array."""
+    target = library.empty(tuple(lse.shape), "float32")
     library.xp.multiply(lse, factor, out=target)
     return target
 
 
-def deliver_lse(
-    library: Library, lse: Array, base: str, layout: str, target: Array | None, shift: Array | None
-) -> Array:
-    """A natural lse (rows, heads) in the base and layout that were asked for.
+def lse_form(base: str) -> bool | str:
+    """The return_lse of this library's functions for an lse to base "log2" or "ln"."""
+    return "log2" if base == "log2" else True
+
+
+def unit(form: bool | str) -> float:
+    """What a natural logarithm is in this form of the lse."""
+    return LOG2E if form == "log2" else 1.0
+
+
+def deliver_lse(library: Library, lse: Array, layout: str, target: Array | None, shift: Array | None) -> Array:
+    """An lse (rows, heads) in the layout that was asked for, contiguous.
 
     Args:
         library: of the arrays.
         lse: float32 (rows, heads), any strides; nobody else's, so that it may be what is returned.
-        base: "log2" or "ln".
         layout: "NH" for (rows, heads), "HN" for (heads, rows).
         target: an array of that shape to write into, or None.
-        shift: float32 (rows, heads) to be added to the natural lse, or None.
+        shift: float32 (rows, heads) to be added, or None.
     """
-    if shift is not None:
-        lse = lse + shift
     if layout == "HN":
-        lse = lse.T
-    factor = LOG2E if base == "log2" else 1.0
-    if target is None and library.is_contiguous(lse):
-        target = lse
-    return lse if target is lse and factor == 1 else scaled(library, lse, factor, target)
+        lse, shift = lse.T, None if shift is None else shift.T
+    if target is None and shift is None:
+        return library.contiguous(lse)
+    if target is None:
+        target = library.empty(tuple(lse.shape), "float32")
+    if shift is None:
+        target[...] = lse
+    else:
+        library.xp.add(lse, shift, out=target)
+    return target
 
 
 def check_target(lse: Array, shape: tuple[int, int], library: Library) -> None:

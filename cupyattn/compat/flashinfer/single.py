@@ -10,9 +10,10 @@ import numpy as np
 
 from ...arrays import View, refuse, view
 from ...attention import attention, attention_with_kvcache
+from ...problem import check_flag
 from .arguments import FP8_FORMATS, LAYOUTS, Options, check_choice, check_number, make_options
 from .library import Array, Library, library_at, library_of
-from .lse import alibi_slopes, deliver_lse
+from .lse import alibi_slopes, deliver_lse, unit
 from .masks import Masks, Visible
 from .pages import Names, Pages, tables_of
 from .steps import Results, Rotation
@@ -36,17 +37,18 @@ def attend_one(
     """Attention of q; with return_lse also the lse to base 2, (queries, num_qo_heads).
 
     k and v are (keys, num_kv_heads, head_dim) for kv_layout "NHD", (num_kv_heads, keys, head_dim) for "HND". The other
-    arguments are those of `attend_natural`.
+    arguments are those of `attend_rows`.
     """
     check_choice("kv_layout", kv_layout, LAYOUTS)
     _check_heads(q, k, kv_layout)
     k, v = rows_first("k", k, kv_layout), rows_first("v", v, kv_layout)
-    out, lse = attend_natural(q, k, v, read, scales, return_lse, **planned)
+    form = "log2" if check_flag("return_lse", return_lse) else False
+    out, lse = attend_rows(q, k, v, read, scales, form, **planned)
     if not return_lse:
         return out
     library = library_at(q, "q")
     with library.current():
-        return out, deliver_lse(library, lse, "log2", "NH", None, None)
+        return out, deliver_lse(library, lse, "NH", None, None)
 
 
 def _check_heads(q: Array, k: Array, kv_layout: str) -> None:
@@ -71,17 +73,17 @@ def rows_first(name: str, keys: Array, kv_layout: str) -> Array:
     return keys if kv_layout == "NHD" else keys.swapaxes(0, 1)
 
 
-def attend_natural(
-    q: Array, k: Array, v: Array, read: ReadMasks, scales: Scales, return_lse: bool, **planned: Any
+def attend_rows(
+    q: Array, k: Array, v: Array, read: ReadMasks, scales: Scales, return_lse: bool | str, **planned: Any
 ) -> Results:
-    """Attention of q, and with return_lse its natural lse, counted as FlashInfer does.
+    """Attention of q, and with return_lse its lse, counted as FlashInfer does.
 
     Args:
         q: (queries, num_qo_heads, head_dim).
         k, v: (keys, num_kv_heads, head_dim).
         read: the custom mask.
         scales: of q, k and v.
-        return_lse: whether the lse is wanted.
+        return_lse: whether the lse is wanted, and in which form, as in `attention`.
         planned: masks and encodings as `make_options` takes them.
     """
     views = view(q, "q"), view(k, "k"), view(v, "v")
@@ -105,7 +107,7 @@ def attend_natural(
         if scales[2] is not None and not options.fp8:
             out *= scales[2]
         if slopes is not None and return_lse:
-            lse = lse + (keys - queries) * slopes  # FlashInfer's bias counts from the first query
+            lse = lse + (keys - queries) * unit(return_lse) * slopes  # FlashInfer's bias counts from the first query
     return out, lse
 
 

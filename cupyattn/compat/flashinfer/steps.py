@@ -107,7 +107,7 @@ def check_workspace(given: int, needed: int) -> None:
 
 
 Results = tuple[Array, "Array | None"]
-"""out (rows, heads, head_dim) and, if it was asked for, the natural lse as (rows, heads), of any strides."""
+"""out (rows, heads, head_dim) and, if it was asked for, the lse as (rows, heads), of any strides."""
 
 Scales = tuple["Array | None", "Array | None"]
 """Of the keys and the values of an FP8 cache, as arrays."""
@@ -157,7 +157,7 @@ class Step(ABC):
         sinks: Array | None,
         scales: Scales,
         out: Array | None,
-        return_lse: bool,
+        return_lse: bool | str,
     ) -> Results:
         """Run it."""
 
@@ -167,7 +167,7 @@ class Step(ABC):
         k: Array,
         v: Array,
         out: Array | None = None,
-        return_lse: bool = False,
+        return_lse: bool | str = False,
         sinks: Array | None = None,
         q_scale: float | None = None,
         k_scale: float | Array | None = None,
@@ -175,7 +175,8 @@ class Step(ABC):
     ) -> Results:
         """Attention of q (rows, heads, head_dim) over keys and values as the wrapper has them.
 
-        A scale of keys that are no FP8 goes into the softmax scale, one of values is applied to the result.
+        A scale of keys that are no FP8 goes into the softmax scale, one of values is applied to the result. return_lse:
+        also the form of the lse, as in `attention`.
         """
         if getattr(q, "shape", None) != self._q_shape:
             self._check_rows(q)
@@ -378,7 +379,7 @@ class DenseStep(PagedStep):
         sinks: Array | None,
         scales: Scales,
         out: Array | None,
-        return_lse: bool,
+        return_lse: bool | str,
     ) -> Results:
         results = plan.run(
             self._as_planned(q, self._dense_q),
@@ -465,7 +466,7 @@ class PackedStep(PagedStep):
         sinks: Array | None,
         scales: Scales,
         out: Array | None,
-        return_lse: bool,
+        return_lse: bool | str,
     ) -> Results:
         results = plan.run(
             q,
@@ -547,7 +548,7 @@ class RaggedStep(Step):
         sinks: Array | None,
         scales: Scales,
         out: Array | None,
-        return_lse: bool,
+        return_lse: bool | str,
     ) -> Results:
         results = plan.run(q, k, v, self._starts, self._key_starts, alibi_slopes=self._slopes, sinks=sinks, out=out)
         return (results[0], results[1].T) if return_lse else (results, None)

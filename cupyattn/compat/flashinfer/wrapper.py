@@ -12,7 +12,7 @@ from ...arrays import numpy_dtype, refuse, view
 from ...streams import device_of
 from .arguments import BACKENDS, LAYOUTS, Options, check_choice, make_options, refuse_given, refuse_unplanned
 from .library import Array, library_of
-from .lse import check_target, deliver_lse
+from .lse import check_target, deliver_lse, lse_form, unit
 from .steps import Home, Results
 
 Make = Callable[[Options], Any]
@@ -45,7 +45,7 @@ class Wrapper:
         self._options: Options | None = None
         self._make: Make | None = None
         self._shift_of: Callable[[], np.ndarray] | None = None
-        self._shift: Array | None = None
+        self._shifts: dict[bool | str, Array] = {}
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -64,7 +64,7 @@ class Wrapper:
         """Take in what plan found out; shift_of gives what FlashInfer's lse is more by under ALiBi, (rows,) tokens."""
         step = make(options)  # before anything changes: a plan that is refused leaves the last one in force
         self._step, self._options, self._make = step, options, make
-        self._shift_of, self._shift = shift_of, None
+        self._shift_of, self._shifts = shift_of, {}
 
     def _again_with(self, dtype: str | None = None, **changed: Any) -> None:
         """Plan the same sequences with other options, as the old `forward` passes them; dtype: of q and keys."""
@@ -92,7 +92,7 @@ class Wrapper:
         lse_base: str = "log2",
         lse_layout: str = "NH",
     ) -> Array | tuple[Array, Array]:
-        """Run the step, and convert the lse if it is asked for."""
+        """Run the step, and bring the lse into its layout if it is asked for."""
         if self._step is None:
             refuse_unplanned()
         if not return_lse:
@@ -101,20 +101,21 @@ class Wrapper:
             if lse is not None:
                 shape = view(q, "q").shape[:2]
                 check_target(lse, shape if lse_layout == "NH" else shape[::-1], self._home.library)
-            shift = self._lse_shift()
-            result, natural = self._step.run(q, k, v, out, True, sinks, q_scale, k_scale, v_scale)
-            return result, deliver_lse(self._home.library, natural, lse_base, lse_layout, lse, shift)
+            form = lse_form(lse_base)
+            shift = self._lse_shift(form)
+            result, found = self._step.run(q, k, v, out, form, sinks, q_scale, k_scale, v_scale)
+            return result, deliver_lse(self._home.library, found, lse_layout, lse, shift)
 
     def _natural(self, q: Array, k: Array, v: Array) -> Results:
         """Output and natural lse (rows, heads), counted as FlashInfer does, for merging."""
         if self._step is None:
             refuse_unplanned()
-        shift = self._lse_shift()
+        shift = self._lse_shift(True)
         out, lse = self._step.run(q, k, v, None, True)
         return out, lse if shift is None else lse + shift
 
-    def _lse_shift(self) -> Array | None:
-        """What the natural lse is more by in FlashInfer, float32 (rows, heads): nothing but under ALiBi.
+    def _lse_shift(self, form: bool | str) -> Array | None:
+        """What an lse of this form is more by in FlashInfer, float32 (rows, heads): nothing but under ALiBi.
 
         Its bias counts from the sequence's first query, slope * (key - query); this library's from the diagonal, so
         that what all keys of a row lose is different. The output is the same.
@@ -123,10 +124,10 @@ class Wrapper:
             return None
         if self._use_cuda_graph:
             refuse("return_lse", "True beside ALIBI in a wrapper for CUDA graphs", "False, or 'NONE' or 'ROPE_LLAMA'")
-        if self._shift is None:
-            tokens = self._home.library.asarray(self._shift_of().astype(np.float32))
-            self._shift = tokens[:, None] * self._home.slopes(self._options)
-        return self._shift
+        if form not in self._shifts:
+            tokens = self._home.library.asarray((self._shift_of() * unit(form)).astype(np.float32))
+            self._shifts[form] = tokens[:, None] * self._home.slopes(self._options)
+        return self._shifts[form]
 
     def _on_device(self) -> Any:
         return device_of(self._workspace)

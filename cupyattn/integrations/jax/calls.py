@@ -1,7 +1,7 @@
 """What XLA calls back: on a GPU a plan for each stream, launched on buffers' bare addresses; on the CPU NumPy.
 
 Such a callback costs the host nothing but what Python does in it. No array object is made of a GPU's buffer: its
-address is read out of its DLPack capsule, and written into the arguments of prepared launches.
+address is read, and written into the arguments of prepared launches where another stood there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,10 @@ _CPU = 1  # DLPack's device type
 _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 _words = (ctypes.c_uint64 * (1 << 57)).from_address(0)  # of this process's memory: the one at address 8 * i is number i
-_HEAD_WORDS = object.__basicsize__ // 8  # what CPython has before an object's own fields
+
+
+Launch = Callable[[list[int], int, int, bool], None]
+"""(addresses, length of all sequences or -1, stream, whether it is being captured): launches a plan."""
 
 
 def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -60,23 +63,23 @@ def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
 class Callback:
     """Runs calls of one form on whatever device their buffers are."""
 
-    __slots__ = ("_described", "_positions", "_length", "_lse", "_appends", "_captures", "_plans", "_lock")
-    __slots__ += ("__weakref__",)
+    __slots__ = ("_described", "_roles", "_length", "_captures", "_out", "_launches", "_read", "_lock", "__weakref__")
 
     def __init__(self, found: Described) -> None:
         self._described = found
-        present = [array.role for array in found.arrays]
-        pairs = [(ROLES.index(role), i) for i, role in enumerate(present)]
+        reads = [(array.role,) for array in found.arrays]
         if found.shared_cu_seqlens:
-            pairs.append((ROLES.index("cu_seqlens_k"), present.index("cu_seqlens_q")))
-        if found.appends:
-            pairs = [pair for pair in pairs if pair[0] not in (_K, _V)]  # these go by the results that they are
-        self._positions = tuple(pairs)  # (in ROLES, among the buffers)
+            reads = [("cu_seqlens_q", "cu_seqlens_k") if one == ("cu_seqlens_q",) else one for one in reads]
+        writes = [("out",), ("lse",)] if found.problem.lse else [("out",)]
+        if found.appends:  # XLA makes a cache that was not donated a copy, and that is what comes in and goes out
+            reads = [() if one in (("k",), ("v",)) else one for one in reads]
+            writes += [("k",), ("v",)]
+        self._roles = tuple(reads + writes)  # what each buffer is for the kernels, those of the results behind
+        self._out = len(reads)
         self._length = -1 if found.form.length is None else found.form.length
-        self._lse = found.problem.lse
-        self._appends = found.appends
         self._captures = found.form.command_buffer
-        self._plans: dict[tuple[int, int, int], _Plan] = {}
+        self._launches: dict[tuple[int, int, int], Launch] = {}
+        self._read: Callable[[tuple[Buffer, ...]], list[int]] = self._first_read
         self._lock = threading.Lock()
 
     def __call__(self, context: ExecutionContext, results: tuple[Buffer, ...], *buffers: Buffer) -> None:
@@ -84,49 +87,48 @@ class Callback:
         if kind == _CPU:
             self._on_host(results, buffers)
         elif current_device() == device:
-            self._on_device(device, context.stream, results, buffers)
+            self._on_device(device, context.stream, buffers + results)
         else:
             with on_device(device):
-                self._on_device(device, context.stream, results, buffers)
+                self._on_device(device, context.stream, buffers + results)
 
-    def _on_device(self, device: int, stream: int, results: tuple[Buffer, ...], buffers: tuple[Buffer, ...]) -> None:
-        addresses = [(position, address_of(buffers[i])) for position, i in self._positions]
-        out = address_of(results[0])
-        if self._appends:  # XLA makes a cache that was not donated a copy, and that is what comes in and goes out
-            addresses += (_K, address_of(results[-2])), (_V, address_of(results[-1]))
-        lse = address_of(results[1]) if self._lse else 0
+    def _on_device(self, device: int, stream: int, buffers: tuple[Buffer, ...]) -> None:
+        addresses = self._read(buffers)
         captured = self._captures and _is_captured()(stream)
         # Launches of one plan must not overlap. Those of a graph may run beside one another if XLA likes, but two that
         # are at work at once write to two places.
-        key = device, stream, out if captured else 0
-        plan = self._plans.get(key) or self._plan(key)
-        plan.at(addresses, out, lse, self._length, stream, captured)
+        key = device, stream, addresses[self._out] if captured else 0
+        launch = self._launches.get(key) or self._prepare(key)
+        launch(addresses, self._length, stream, captured)
 
-    def _plan(self, key: tuple[int, int, int]) -> _Plan:
+    def _first_read(self, buffers: tuple[Buffer, ...]) -> list[int]:
+        """The buffers' addresses. Finds out how to read those of later calls."""
+        word = _word_of_address(buffers)
+        self._read = _by_asking if word is None else partial(_by_layout, word)
+        return _by_asking(buffers)
+
+    def _prepare(self, key: tuple[int, int, int]) -> Launch:
         from ...kernels.workspace import outside_capture
 
         with self._lock, outside_capture():
-            if key not in self._plans:
-                self._plans[key] = _Plan(self._described, key[0])
-            return self._plans[key]
+            if key not in self._launches:
+                self._launches[key] = _Plan(self._described, key[0], self._roles).launch
+            return self._launches[key]
 
     def _on_host(self, results: tuple[Buffer, ...], buffers: tuple[Buffer, ...]) -> None:
         form = self._described.form
         found = zip(self._described.arrays, buffers, strict=True)
         arrays = {array.role: np.asarray(buffer) for array, buffer in found}
         out, *others = map(np.asarray, results)
-        if self._appends:
+        if self._described.appends:
             arrays["k"], arrays["v"] = others[-2:]
         q, k, v = (arrays.pop(role) for role in ("q", "k", "v"))
         given = dict(form.options) | {form.name_of(role): array for role, array in arrays.items()}
         if form.length is not None:
             given["cache_seqlens"] = form.length
         returned = FUNCTIONS[form.function](q, k, v, **given, out=out)
-        if self._lse:
+        if self._described.problem.lse:
             others[0][...] = returned[1]
-
-
-_K, _V = ROLES.index("k"), ROLES.index("v")
 
 
 @cache
@@ -143,47 +145,49 @@ def _callback(found: Described) -> Callback:
 
 
 class _Plan(PlannedCall):
-    """A planned call whose arrays are known by their addresses alone."""
+    """A planned call whose arrays are known by their addresses alone, in the order of these roles."""
 
-    __slots__ = ("_operands",)
+    __slots__ = ("launch", "_operands", "_order")
 
-    def __init__(self, found: Described, device: int) -> None:
+    def __init__(self, found: Described, device: int, order: tuple[tuple[str, ...], ...]) -> None:
         form = found.form
-        self._operands = found.operands(device)
+        self._operands, self._order = found.operands(device), order
         roles = tuple([(form.name_of(role), role) for role in ROLES])
         self._prepare(self._operands, form.positional(), form.names, roles, False)
+        self.launch: Launch = self._append
         if self._planned is not None:
-            self._planned.trust_addresses()
+            self._planned.trust_addresses(order)
+            self.launch = self._planned.at
 
-    def at(
-        self, addresses: list[tuple[int, int]], out: int, lse: int, length: int, stream: int, captured: bool
-    ) -> None:
-        """Launch on `stream`, a cudaStream_t of the current device. Addresses come with their places in ROLES."""
-        if self._planned is not None:
-            self._planned.at(addresses, out, lse, length, stream, captured)
-        else:  # new rows and no query
-            example = self._operands
-            given = [(ROLES[place], address) for place, address in addresses]
-            views = {role: replace(getattr(example, role), pointer=address) for role, address in given}
-            self._call.run(replace(example, **views), stream)
+    def _append(self, addresses: list[int], length: int, stream: int, captured: bool) -> None:
+        """New rows and no query."""
+        example = self._operands
+        given = {role: address for own, address in zip(self._order, addresses, strict=True) for role in own}
+        views = {role: replace(getattr(example, role), pointer=given[role]) for role in ROLES if role in given}
+        self._call.run(replace(example, **views), stream)
 
 
-def _by_asking(buffer: Buffer) -> int:
-    capsule = buffer.__dlpack__()  # what it points to is gone with it
-    return _words[_pointer_in(capsule, b"dltensor") >> 3]
+def _by_asking(buffers: tuple[Buffer, ...]) -> list[int]:
+    """Where each buffer begins, which is where its memory does, as it is contiguous; 0 if it has none."""
+    found = []
+    for buffer in buffers:
+        capsule = buffer.__dlpack__()  # what it points to is gone with it
+        found.append(_words[_pointer_in(capsule, b"dltensor") >> 3])
+    return found
 
 
-def _by_layout(buffer: Buffer) -> int:
-    capsule = buffer.__dlpack__()
-    return _words[_words[(id(capsule) >> 3) + _HEAD_WORDS] >> 3]
+def _by_layout(word: int, buffers: tuple[Buffer, ...]) -> list[int]:
+    """The same of buffers which hold their address in this word of theirs: to ask them takes ten times as long."""
+    return [_words[(id(buffer) >> 3) + word] for buffer in buffers]
 
 
-def _quickest() -> Callable[[Buffer], int]:
-    """To ask Python for a capsule's pointer takes longer than to read it behind the capsule's head."""
-    array = np.empty(1)
-    known = sys.implementation.name == "cpython" and sys.byteorder == "little" and object.__basicsize__ in (16, 32)
-    return _by_layout if known and _by_layout(array) == _by_asking(array) == array.ctypes.data else _by_asking
-
-
-address_of = _quickest()
-"""Where a buffer's memory begins, 0 if it has none. Buffers are contiguous, and begin where their memory does."""
+def _word_of_address(buffers: tuple[Buffer, ...]) -> int | None:
+    """In which word of their own all these buffers, of one class of JAX's, hold their address; None if in none."""
+    if sys.implementation.name != "cpython" or sys.byteorder != "little":
+        return None
+    known = _by_asking(buffers)
+    sizes = {type(buffer).__basicsize__ // 8 for buffer in buffers}
+    for word in range(object.__basicsize__ // 8, min(sizes)):
+        if any(known) and _by_layout(word, buffers) == known:
+            return word
+    return None
