@@ -34,6 +34,8 @@ Addresses = Sequence[int]
 Check = Callable[[Addresses, int], None]
 """(addresses, address of out): raises where these do not fit."""
 
+_HELD = 8  # arguments of a thread that are kept for their addresses
+
 _MARK = 0x5EED << 48  # and a few behind it: nothing else in an argument is like these
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], np.dtype, int]
@@ -84,13 +86,16 @@ class Planned:
         self._argument()  # a graph may be captured before anything else is run
         _look_closely_after_fork()
 
-    def trust_addresses(self, order: Sequence[tuple[str, ...]]) -> None:
+    def trust_addresses(self, order: Sequence[tuple[str, ...]], length: int | None) -> None:
         """Check none: all arrays come from an allocator that aligns them and gives no two the same memory.
 
-        order: for `at`, the names in `Operands` of what each address is for.
+        order: for `at`, the names in `Operands` of what each address is for. length: of all sequences, if that is a
+        number.
         """
         self._check = _no_check
         self._order = [self._template.targets([*self._roles, "out", "lse"], names) for names in order]
+        for word in self._template.length:
+            self._template.words[word] = length
 
     def __call__(self, operands: Operands, stream: int) -> None:
         """Launch on `stream`, a cudaStream_t of the current device. Returns at once."""
@@ -104,20 +109,30 @@ class Planned:
             argument.write(self._template.length, operands.uniform_length)
         self._enqueue(argument, stream)
 
-    def at(self, addresses: list[int], length: int, stream: int, captured: bool) -> None:
+    def at(self, addresses: tuple[int, ...], stream: int, captured: bool) -> None:
         """The same for arrays of the planned forms that are known by their addresses alone: see `trust_addresses`.
 
-        length is -1 where the call has none; captured: whether the stream is being captured.
+        captured: whether the stream is being captured.
         """
         try:
-            argument = self._of_thread.argument
-        except AttributeError:
-            argument = self._argument()
-        if addresses != argument.taken:
-            argument.take(addresses, self._order)
-        if length >= 0:
-            argument.write(self._template.length, length)
+            argument = self._of_thread.by_addresses[addresses]
+        except (AttributeError, KeyError):
+            argument = self._argument_for(addresses)
         self._enqueue(argument, stream, captured)
+
+    def _argument_for(self, addresses: tuple[int, ...]) -> _Argument:
+        """This thread's for these addresses, which come back: JAX's outputs take turns. The oldest is written anew."""
+        held = vars(self._of_thread).get("by_addresses")
+        if held is None:
+            _make_context()
+            self._of_thread.by_addresses = held = {}
+        if len(held) < _HELD:
+            argument = _Argument(self._template, [False] * len(self._roles))
+        else:
+            argument = held.pop(next(iter(held)))
+        argument.take(addresses, self._order)
+        held[addresses] = argument
+        return argument
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
         """Launch for CuPy arrays or PyTorch tensors that are in every way as the example was, on the stream of theirs.
@@ -215,6 +230,7 @@ class Planned:
         try:
             return self._of_thread.argument
         except AttributeError:
+            _make_context()
             absent = [form is None for form in self._quick.forms]
             self._of_thread.argument = made = _Argument(self._template, absent)
             return made
@@ -296,6 +312,13 @@ class _Template:
         return words, [(word, encode) for array, word, encode in self.maps if array in places]
 
 
+def _make_context() -> None:
+    """Make the device's context this thread's, which the driver takes for granted."""
+    import cupy
+
+    cupy.cuda.runtime.memGetInfo()
+
+
 def _no_check(addresses: Addresses, out: int) -> None:
     """Nothing is refused."""
 
@@ -319,9 +342,6 @@ class _Argument:
     __slots__ += ("_template", "_pointers", "_mapped", "_bytes")
 
     def __init__(self, template: _Template, absent: list[bool]) -> None:
-        import cupy
-
-        cupy.cuda.runtime.memGetInfo()  # makes the device's context this thread's, which the driver takes for granted
         self.words = (ctypes.c_int64 * len(template.words))(*template.words.tolist())
         self._bytes = memoryview(self.words).cast("B")
         starts = [ctypes.addressof(self.words) + 8 * start for start in template.starts]
@@ -333,7 +353,7 @@ class _Argument:
         self.out_reference: Callable[[], Any] = _never
         self.out = 0
         self.checked = False
-        self.taken: list[int] = []
+        self.taken: tuple[int, ...] = ()
         self._template = template
         self._mapped = [0] * len(template.maps)
 
@@ -354,8 +374,8 @@ class _Argument:
             self.checked = False
         self.out_reference = reference
 
-    def take(self, addresses: list[int], order: list[_Targets]) -> None:
-        """Write those addresses that are not as in the call before, each to its targets, with its maps."""
+    def take(self, addresses: tuple[int, ...], order: list[_Targets]) -> None:
+        """Write those addresses that are not as they were taken before, each to its targets, with its maps."""
         before = self.taken or [0] * len(addresses)
         for address, last, (places, maps) in zip(addresses, before, order):  # noqa: B905 (as above)
             if address != last:

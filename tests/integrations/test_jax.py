@@ -25,7 +25,7 @@ from test_forward import features
 import cupyattn
 from cupyattn import DecodePlan
 from cupyattn.integrations.alignment import from_top_left
-from cupyattn.kernels import workspace
+from cupyattn.kernels import planned, workspace
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -715,9 +715,11 @@ def results_at(start):
 @pytest.fixture
 def gpu(driver, monkeypatch):  # noqa: F811
     """A GPU that is not there."""
-    monkeypatch.setattr(calls, "_by_asking", lambda buffers: [buffer.address for buffer in buffers])
+    monkeypatch.setattr(calls, "_by_asking", lambda buffers: tuple([buffer.address for buffer in buffers]))
     monkeypatch.setattr(workspace, "outside_capture", nullcontext)
-    return driver
+    calls._current_device.cache_clear()
+    yield driver
+    calls._current_device.cache_clear()
 
 
 @pytest.mark.parametrize("length", [None, 7])
@@ -775,24 +777,26 @@ def test_new_rows_without_a_query_are_launched_too(gpu, monkeypatch):
     assert operands.k.pointer == buffers[[a.role for a in callback._described.arrays].index("k_new")].address
 
 
-def words_of(callback):
-    """The arguments of the launches that a callback made last."""
+def words_after(callback, results, buffers):
+    """The arguments of the launches that a call makes."""
+    callback(SimpleNamespace(stream=5), results, *buffers)
     (launch,) = callback._launches.values()
-    return list(launch.__self__._argument().words)
+    addresses = tuple([buffer.address for buffer in (*buffers, *results)])
+    return list(launch.__self__._of_thread.by_addresses[addresses].words)
 
 
 def test_addresses_that_come_and_go_are_written_anew(gpu):
-    """As a callback of its own writes them."""
+    """As a callback of its own writes them, and for no more of them than it has room for."""
     callback, buffers = step_callback()
     seen = []
-    for queries, results in ((1, 2), (1, 3), (1, 2), (3, 2), (2, 1)):
+    turns = [(1, 2), (1, 3), (1, 2), (3, 2), (2, 1)] + [(1 + i % 11, 4 + i % 5) for i in range(60)]
+    for queries, results in turns:
         buffers[0] = Buffer(queries * RESULTS)
-        other, _ = step_callback()
-        for each in (callback, other):
-            each(SimpleNamespace(stream=5), results_at(results * RESULTS), *buffers)
-        assert words_of(callback) == words_of(other)
-        seen.append(words_of(callback))
-    assert seen[0] == seen[2] and len(set(map(tuple, seen))) == 4
+        seen.append(words_after(callback, results_at(results * RESULTS), buffers))
+        assert seen[-1] == words_after(step_callback()[0], results_at(results * RESULTS), buffers)
+    assert len(set(map(tuple, seen))) == len(set(turns))
+    (launch,) = callback._launches.values()
+    assert len(launch.__self__._of_thread.by_addresses) == planned._HELD
 
 
 def test_maps_are_those_of_the_addresses(gpu, monkeypatch):
@@ -810,8 +814,7 @@ def test_maps_are_those_of_the_addresses(gpu, monkeypatch):
     callback = calls.Callback(described(form, tuple(Abstract(role, shape, "float16") for role in "qkv")))
     for *inputs, out in ((1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 3, 4), (5, 2, 3, 4), (5, 4, 3, 2)):
         places = [one << 20 for one in (*inputs, out)]
-        callback(SimpleNamespace(stream=5), (Buffer(places[3]),), *map(Buffer, places[:3]))
-        words = words_of(callback)
+        words = words_after(callback, (Buffer(places[3]),), [Buffer(place) for place in places[:3]])
         maps = [[place] * 16 for place in places]
         assert any(words[i : i + 64] == sum(maps, []) for i in range(len(words)))
     assert len(made) == 8  # once for each array at each address
@@ -824,8 +827,8 @@ def test_addresses_are_those_of_xlas_buffers(rng):
     def look(context, results, *arrays):
         buffers = results + arrays
         word = calls._word_of_address(buffers)
-        ways = calls._by_asking(buffers), calls._by_layout(word, buffers)
-        seen.append((*ways, [np.asarray(buffer).ctypes.data for buffer in buffers]))
+        held = [calls._words[id(buffer) // 8 + word] for buffer in buffers]
+        seen.append((list(calls._by_asking(buffers)), held, [np.asarray(buffer).ctypes.data for buffer in buffers]))
         np.asarray(results[0])[...] = np.asarray(arrays[0])
 
     with jax.default_device(jax.devices("cpu")[0]):
@@ -845,5 +848,5 @@ def test_buffers_that_do_not_hold_their_address_are_asked():
             return self.array.__dlpack__()
 
     buffers = tuple(Foreign() for _ in range(3))
-    assert calls._word_of_address(buffers) is None
-    assert calls._by_asking(buffers) == [buffer.array.ctypes.data for buffer in buffers]
+    assert calls._word_of_address(buffers) == 0
+    assert calls._by_asking(buffers) == tuple([buffer.array.ctypes.data for buffer in buffers])

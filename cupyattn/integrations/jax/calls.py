@@ -11,14 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_callback
 
-from ...arrays import current_device, numpy_dtype, on_device
+from ...arrays import numpy_dtype, on_device
 from ...attention import attention, attention_varlen, attention_with_kvcache
 from ...planned_call import PlannedCall
 from .forms import ROLES, Described, Form, abstracts, described
@@ -31,8 +31,8 @@ _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, 
 _words = (ctypes.c_uint64 * (1 << 57)).from_address(0)  # of this process's memory: the one at address 8 * i is number i
 
 
-Launch = Callable[[list[int], int, int, bool], None]
-"""(addresses, length of all sequences or -1, stream, whether it is being captured): launches a plan."""
+Launch = Callable[[tuple[int, ...], int, bool], None]
+"""(addresses, stream, whether it is being captured): launches a plan."""
 
 
 def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -63,7 +63,7 @@ def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
 class Callback:
     """Runs calls of one form on whatever device their buffers are."""
 
-    __slots__ = ("_described", "_roles", "_length", "_captures", "_out", "_launches", "_read", "_lock", "__weakref__")
+    __slots__ = ("_described", "_roles", "_captures", "_out", "_launches", "_word", "_lock", "__weakref__")
 
     def __init__(self, found: Described) -> None:
         self._described = found
@@ -76,36 +76,35 @@ class Callback:
             writes += [("k",), ("v",)]
         self._roles = tuple(reads + writes)  # what each buffer is for the kernels, those of the results behind
         self._out = len(reads)
-        self._length = -1 if found.form.length is None else found.form.length
         self._captures = found.form.command_buffer
         self._launches: dict[tuple[int, int, int], Launch] = {}
-        self._read: Callable[[tuple[Buffer, ...]], list[int]] = self._first_read
+        self._word: int | None = None  # of a buffer, which holds its address; 0 if none does, None as long as none came
         self._lock = threading.Lock()
 
     def __call__(self, context: ExecutionContext, results: tuple[Buffer, ...], *buffers: Buffer) -> None:
         kind, device = buffers[0].__dlpack_device__()
         if kind == _CPU:
             self._on_host(results, buffers)
-        elif current_device() == device:
+        elif _current_device()() == device:
             self._on_device(device, context.stream, buffers + results)
         else:
             with on_device(device):
                 self._on_device(device, context.stream, buffers + results)
 
     def _on_device(self, device: int, stream: int, buffers: tuple[Buffer, ...]) -> None:
-        addresses = self._read(buffers)
+        word = self._word
+        if word:
+            addresses = tuple([_words[(id(buffer) >> 3) + word] for buffer in buffers])
+        else:
+            addresses = _by_asking(buffers)
+            if word is None:
+                self._word = _word_of_address(buffers)
         captured = self._captures and _is_captured()(stream)
         # Launches of one plan must not overlap. Those of a graph may run beside one another if XLA likes, but two that
         # are at work at once write to two places.
         key = device, stream, addresses[self._out] if captured else 0
         launch = self._launches.get(key) or self._prepare(key)
-        launch(addresses, self._length, stream, captured)
-
-    def _first_read(self, buffers: tuple[Buffer, ...]) -> list[int]:
-        """The buffers' addresses. Finds out how to read those of later calls."""
-        word = _word_of_address(buffers)
-        self._read = _by_asking if word is None else partial(_by_layout, word)
-        return _by_asking(buffers)
+        launch(addresses, stream, captured)
 
     def _prepare(self, key: tuple[int, int, int]) -> Launch:
         from ...kernels.workspace import outside_capture
@@ -129,6 +128,13 @@ class Callback:
         returned = FUNCTIONS[form.function](q, k, v, **given, out=out)
         if self._described.problem.lse:
             others[0][...] = returned[1]
+
+
+@cache
+def _current_device() -> Callable[[], int]:
+    import cupy
+
+    return cupy.cuda.runtime.getDevice
 
 
 @cache
@@ -156,10 +162,10 @@ class _Plan(PlannedCall):
         self._prepare(self._operands, form.positional(), form.names, roles, False)
         self.launch: Launch = self._append
         if self._planned is not None:
-            self._planned.trust_addresses(order)
+            self._planned.trust_addresses(order, form.length)
             self.launch = self._planned.at
 
-    def _append(self, addresses: list[int], length: int, stream: int, captured: bool) -> None:
+    def _append(self, addresses: tuple[int, ...], stream: int, captured: bool) -> None:
         """New rows and no query."""
         example = self._operands
         given = {role: address for own, address in zip(self._order, addresses, strict=True) for role in own}
@@ -167,27 +173,23 @@ class _Plan(PlannedCall):
         self._call.run(replace(example, **views), stream)
 
 
-def _by_asking(buffers: tuple[Buffer, ...]) -> list[int]:
+def _by_asking(buffers: tuple[Buffer, ...]) -> tuple[int, ...]:
     """Where each buffer begins, which is where its memory does, as it is contiguous; 0 if it has none."""
     found = []
     for buffer in buffers:
         capsule = buffer.__dlpack__()  # what it points to is gone with it
         found.append(_words[_pointer_in(capsule, b"dltensor") >> 3])
-    return found
+    return tuple(found)
 
 
-def _by_layout(word: int, buffers: tuple[Buffer, ...]) -> list[int]:
-    """The same of buffers which hold their address in this word of theirs: to ask them takes ten times as long."""
-    return [_words[(id(buffer) >> 3) + word] for buffer in buffers]
+def _word_of_address(buffers: tuple[Buffer, ...]) -> int:
+    """In which word of their own all these buffers, of one class of JAX's, hold their address: 0 for none.
 
-
-def _word_of_address(buffers: tuple[Buffer, ...]) -> int | None:
-    """In which word of their own all these buffers, of one class of JAX's, hold their address; None if in none."""
-    if sys.implementation.name != "cpython" or sys.byteorder != "little":
-        return None
+    To read it there takes a tenth of the time that it takes to ask.
+    """
     known = _by_asking(buffers)
-    sizes = {type(buffer).__basicsize__ // 8 for buffer in buffers}
-    for word in range(object.__basicsize__ // 8, min(sizes)):
-        if any(known) and _by_layout(word, buffers) == known:
-            return word
-    return None
+    if sys.implementation.name == "cpython" and sys.byteorder == "little" and any(known):
+        for word in range(object.__basicsize__ // 8, min(type(buffer).__basicsize__ for buffer in buffers) // 8):
+            if all(_words[(id(buffer) >> 3) + word] == one for buffer, one in zip(buffers, known, strict=True)):
+                return word
+    return 0

@@ -73,10 +73,13 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
             torch.autograd.graph.increment_version([given[name] for name in writes])
         return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
 
-    def refuse_recorded(*values: Any, **more: Any) -> Results:
-        """In front of `run`, where PyTorch records gradients and its transformations take them."""
-        if torch.is_grad_enabled():
+    def in_front(*values: Any, **more: Any) -> Results:
+        """Where PyTorch records gradients and its transformations take them."""
+        tensors = [value for value in (*values, *more.values()) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             refuse_gradients(dict(zip(names, values, strict=False)) | more)
+        if _nothing_between(tensors):
+            return run(*values, **more)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*values, **more)
 
@@ -85,10 +88,20 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
 
     _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, refuse_recorded, "Autograd")
+    _LIBRARY.impl(name, in_front, "Autograd")
     torch.library.register_fake(f"cupyattn::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.cupyattn, name).default
     return operator
+
+
+_PLAIN = Tensor, torch.nn.Parameter
+
+
+def _nothing_between(tensors: list[Tensor]) -> bool:
+    """Whether an operator's kernel comes right behind its gradients: PyTorch itself takes long to go on to it."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # a tracer, or a transformation
+    return all([type(tensor) in _PLAIN for tensor in tensors])
 
 
 def _fake(given: Given) -> Results:
