@@ -349,18 +349,20 @@ def _a(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def heads_last(found: View) -> View:
-    """An array (batch, heads, seqlen, head_dim) as (batch, seqlen, heads, head_dim), or back: no library is asked."""
-    shape, strides = _heads_last(found.shape, found.strides)
+def turn(found: View) -> View:
+    """Make the view of an array (batch, heads, seqlen, head_dim) one of (batch, seqlen, heads, head_dim), or back.
+
+    No library is asked, and the view itself is changed: it must be nobody else's.
+    """
     base = found.base if found.device >= 0 else _worked_on(found)
     if base is not None:
-        base = base.swapaxes(1, 2)
-    pointer, dtype, device = found.pointer, found.dtype, found.device
-    return View(found.array, pointer, shape, strides, dtype, device, found.library, found.readonly, base)
+        found.base = base.swapaxes(1, 2)
+    found.shape, found.strides = _turned(found.shape, found.strides)
+    return found
 
 
 @lru_cache(maxsize=4096)
-def _heads_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _turned(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     turned = [(batch, tokens, heads, columns) for batch, heads, tokens, columns in (shape, strides)]
     return turned[0], turned[1]
 

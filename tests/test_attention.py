@@ -819,8 +819,12 @@ def test_work_runs_on_the_current_stream_of_the_arrays_device(device):
 def fake_torch(monkeypatch, stream):
     """PyTorch as far as the border sees it, and a function that makes one of its tensors."""
 
+    class Dtype:
+        is_floating_point, is_complex = True, False
+        __str__ = lambda self: "torch.float16"  # noqa: E731
+
     class Tensor:
-        is_cuda, requires_grad, dtype = True, False, "torch.float16"
+        is_cuda, requires_grad, dtype = True, False, Dtype()
         device = types.SimpleNamespace(type="cuda", index=0)
 
         def __init__(self, pointer, shape):
@@ -834,7 +838,7 @@ def fake_torch(monkeypatch, stream):
     torch = types.SimpleNamespace(
         Tensor=Tensor,
         version=types.SimpleNamespace(hip=None),
-        float16="torch.float16",
+        float16=Tensor.dtype,
         empty=lambda shape, dtype, device: Tensor(0xF0000000, shape),
         contiguous_format="contiguous",
         empty_like=lambda tensor, memory_format: Tensor(0xF0000000, tensor.shape),

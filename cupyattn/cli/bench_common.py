@@ -136,6 +136,19 @@ def host_time(cupy: ModuleType, call: Call, calls: int = 2000, batch: int = 100)
     return {"median_us": float(np.median(spent)), "p90_us": float(np.percentile(spent, 90))}
 
 
+FULL_CLOCK = 1.15  # of its fastest spell's time, at most, a call takes where the host's clock is not throttled
+
+
+def at_full_clock(reference: list[float], *others: list[float]) -> list[list[float]]:
+    """Times of spells, of a call and of others beside it, but only of the spells in which the host ran at full clock.
+
+    A shared host's clock falls by a third for seconds at a time. reference: what tells that, by its times.
+    """
+    limit = FULL_CLOCK * min(reference)
+    kept = [i for i, time_us in enumerate(reference) if time_us <= limit]
+    return [[times[i] for i in kept] for times in (reference, *others)]
+
+
 # --- reporting -------------------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,11 @@ call of this library that serves it. FlashInfer takes PyTorch's alone.
 from __future__ import annotations
 
 import importlib
-import operator
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from operator import sub
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +24,7 @@ from rich.table import Table
 import cupyattn
 
 from ..compat import flash_attn, flashinfer, incremental
-from .bench_common import OURS, Call, Report, choose, first_line, host_time, new_figure
+from .bench_common import OURS, Call, Report, at_full_clock, choose, first_line, host_time, new_figure
 from .bench_decode import Finding
 from .device import to_host
 
@@ -54,15 +54,24 @@ class Row:
     wrong: bool = False
 
     def us(self, name: str = "call") -> float | None:
-        """The median over the spells."""
-        return statistics.median(self.times[name]) if self.times.get(name) else None
+        """The median over the spells at full clock."""
+        if not self.times.get(name):
+            return None
+        _, times = at_full_clock(self._reference, self.times[name])
+        return statistics.median(times)
 
     @property
     def over(self) -> float | None:
-        """Microseconds over the native call right behind it, the median over the spells."""
+        """Microseconds over the native call right behind it, the median over the same spells."""
         if not self.times.get("native"):
             return None
-        return statistics.median(map(operator.sub, self.times["call"], self.times["native"]))
+        return statistics.median(
+            map(sub, *at_full_clock(self._reference, self.times["call"], self.times["native"])[1:])
+        )
+
+    @property
+    def _reference(self) -> list[float]:
+        return self.times.get("native") or self.times["call"]
 
     def as_record(self) -> dict[str, Any]:
         """What was measured, ready for JSON."""
@@ -75,6 +84,7 @@ class Row:
             "over_native_us": self.over,
             "flashinfer_us": self.us("peer"),
             "spells_us": self.times,
+            "spells_at_full_clock": len(at_full_clock(self._reference)[0]),
             "flashinfer_refused": self.refused,
         }
 
@@ -340,7 +350,7 @@ def as_record(rows: list[Row], rounds: int) -> dict[str, Any]:
             "heads": [HEADS, KV_HEADS],
             "head_dim": HEAD_DIM,
             "page_size": PAGE_SIZE,
-            "timing": "host time of a call, median of a spell, then of all spells; differences within a spell first",
+            "timing": "host time of a call, median of a spell, then of those at full clock; differences in a spell",
             "spells": SPELLS,
             "rounds": rounds,
         },

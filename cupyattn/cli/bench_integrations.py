@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from ..attention import attention, attention_with_kvcache
-from .bench_common import Call, Report, choose, first_line, host_time, new_figure, show_host
+from .bench_common import Call, Report, at_full_clock, choose, first_line, host_time, new_figure, show_host
 from .bench_decode import Finding
 from .tolerance import tolerance_of
 
@@ -53,16 +53,19 @@ class Measured:
     def in_turns(self, timed: dict[str, Callable[[], dict[str, float]]]) -> dict[str, list[float]]:
         """Time each in many short spells, one beside the other, as the host's clock can change at any time.
 
-        Returns the medians of the spells; host_us gets the median of these, and the highest 90th percentile.
+        Returns the medians of the spells at full clock, which the first of them tells; host_us gets the median of
+        these, and the highest 90th percentile.
         """
         found: dict[str, list[dict[str, float]]] = {name: [] for name in timed}
         for _ in range(SPELLS):
             for name, time_it in timed.items():
                 found[name].append(time_it())
-        medians = {name: [spell["median_us"] for spell in spells] for name, spells in found.items()}
+        every = [[spell["median_us"] for spell in spells] for spells in found.values()]
+        medians = dict(zip(found, at_full_clock(every[0], *every)[1:], strict=True))
         for name, spells in found.items():
             p90 = max(spell["p90_us"] for spell in spells)
             self.host_us[name] = {"median_us": statistics.median(medians[name]), "p90_us": p90}
+            self.host_us[name] |= {"spells": len(spells), "spells_at_full_clock": len(medians[name])}
         return medians
 
     def check(self, what: str, error: float) -> None:
@@ -139,7 +142,7 @@ def time_jax_calls(measured: Measured) -> None:
     forms = {"attention": (plain, (q, k, v)), "attention_with_kvcache": (cached, (step, *caches, lengths))}
     for name, (call, arrays) in forms.items():
         label, empty_label = f"{name} under jax.jit", f"an empty callback of {name}'s form"
-        calls = {label: jax.jit(call), empty_label: jax.jit(_empty_callback(arrays))}
+        calls = {empty_label: jax.jit(_empty_callback(arrays)), label: jax.jit(call)}
         timed = {
             what: partial(time_of_calls, partial(jitted, *arrays), jax.block_until_ready, batches=5)
             for what, jitted in calls.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arrays import View, heads_last, refuse, view
+from ..arrays import View, refuse, turn, view
 from ..attention import Array, attention
 from ..kvcache import (
     KVCache,
@@ -81,4 +81,4 @@ def _tokens_first(name: str, array: Array) -> View:
     found = view(array, name)
     if len(found.shape) != 4:
         refuse(name, f"{len(found.shape)}-D shape {found.shape}", "4-D (batch, heads, seqlen, head_dim)")
-    return heads_last(found)
+    return turn(found)

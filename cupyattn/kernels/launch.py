@@ -355,7 +355,7 @@ def enqueue(
     """
     launch = _launch_kernel()
     if not hasattr(_of_thread, "ready"):
-        _make_context()
+        make_context()
     pointers = _POINTERS[len(arguments)](*arguments)  # to the bytes, which the driver has copied when it returns
     across, down, deep = (*grid, 1, 1)[:3]
     where = across, down, deep, block[0], 1, 1, shared, stream
@@ -366,7 +366,7 @@ _POINTERS = tuple([ctypes.c_char_p * count for count in range(8)])
 _of_thread = threading.local()
 
 
-def _make_context() -> None:
+def make_context() -> None:
     """Make the current device's context this thread's, which the driver takes for granted."""
     import cupy
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..arrays import View, contiguous_strides, numpy_dtype, torch_stream
 from ..streams import refuse_foreign_stream
+from .launch import make_context
 from .launches import Launch, launches
 from .operands import Operands
 from .tensor_map import MAP_BYTES
@@ -124,7 +125,7 @@ class Planned:
         """This thread's for these addresses, which come back: JAX's outputs take turns. The oldest is written anew."""
         held = vars(self._of_thread).get("by_addresses")
         if held is None:
-            _make_context()
+            make_context()
             self._of_thread.by_addresses = held = {}
         if len(held) < _HELD:
             argument = _Argument(self._template, [False] * len(self._roles))
@@ -230,7 +231,7 @@ class Planned:
         try:
             return self._of_thread.argument
         except AttributeError:
-            _make_context()
+            make_context()
             absent = [form is None for form in self._quick.forms]
             self._of_thread.argument = made = _Argument(self._template, absent)
             return made
@@ -310,13 +311,6 @@ class _Template:
         places = [roles.index(name) for name in names]
         words = [word for place in places for word in [*self.inputs, self.out, self.lse][place]]
         return words, [(word, encode) for array, word, encode in self.maps if array in places]
-
-
-def _make_context() -> None:
-    """Make the device's context this thread's, which the driver takes for granted."""
-    import cupy
-
-    cupy.cuda.runtime.memGetInfo()
 
 
 def _no_check(addresses: Addresses, out: int) -> None:
@@ -458,7 +452,7 @@ class _OfTensors:
         self.places = tuple([i for i, form in enumerate(self.forms) if form is not None])
         self.out_form = of_tensors(quick.out_form)
         self.empty = partial(torch.empty, device=torch.device("cuda", quick.device))
-        self.empty_like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+        self.empty_like = torch.empty_like
         self.like_q = self.forms[0] == self.out_form
         absent = [i for i, form in enumerate(self.forms) if form is None]
         self._present, self._absent = _picker(self.places), _picker(absent)
@@ -499,7 +493,7 @@ class _OfTensors:
     def new_out(self, q: Any) -> Any:
         """A tensor of the output's form."""
         if self.like_q:
-            return self.empty_like(q)  # sooner done than to say what it is to be like
+            return self.empty_like(q)  # sooner done than to say what it is to be like; q is contiguous
         return self.empty(self.out_form[0], dtype=self.out_form[2])
 
     def address_of(self, tensor: Any, form: _Form | None, records: bool) -> int | None:

@@ -168,3 +168,11 @@ def test_a_short_run_on_a_gpu():
 
     report = bench_compat.run(cupy, "X", "auto", 1, True, True, Console(quiet=True))
     assert not report.wrong and report.record["rows"]
+
+
+def test_spells_at_a_lower_clock_are_left_out():
+    """Both of a pair are taken from the spells in which the native call tells of a full clock."""
+    times = {"call": [12.0, 19.0, 13.0, 40.0], "native": [10.0, 16.0, 11.0, 16.5], "peer": [20.0, 33.0, 22.0, 34.0]}
+    row = bench_compat.Row("a", "x", call=None, times=times)
+    assert (row.us(), row.us("native"), row.us("peer"), row.over) == (12.5, 10.5, 21.0, 2.0)
+    assert row.as_record()["spells_at_full_clock"] == 2

@@ -106,10 +106,6 @@ class Library:
             return array.to(getattr(self.xp, dtype))
         return array.astype(numpy_dtype(dtype), copy=False)
 
-    def is_contiguous(self, array: Array) -> bool:
-        """Whether it is C-contiguous."""
-        return array.is_contiguous() if self.name == "torch" else array.flags.c_contiguous
-
     def contiguous(self, array: Array) -> Array:
         """The array itself if it is C-contiguous, else a copy that is."""
         return array.contiguous() if self.name == "torch" else self.xp.ascontiguousarray(array)

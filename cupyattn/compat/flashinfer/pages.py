@@ -213,13 +213,20 @@ def index_array(name: str, array: Array, device: int) -> IndexArray:
     """An int32 array (n,) on the host or on the wrapper's device."""
     if type(array) is np.ndarray and array.dtype is _INT32 and array.ndim == 1 and array.flags.c_contiguous:
         return array  # as nearly all that come on the host are; a view of them would cost several times as much
-    found = index_view(name, array, device)
+    found = view(array, name)
+    if not (found.dtype == "int32" and found.device == device and found.strides == (1,)):  # as on the device
+        _check_index(name, found, device, False)
     return found if found.device >= 0 else host_array(found)
 
 
 def index_view(name: str, array: Array, device: int, wide: bool = False) -> View:
     """The view of an int32 array (n,), or with `wide` an int64 one too, on the host, or on the wrapper's device."""
     found = view(array, name)
+    _check_index(name, found, device, wide)
+    return found
+
+
+def _check_index(name: str, found: View, device: int, wide: bool) -> None:
     if found.dtype != "int32" and not (wide and found.dtype == "int64"):
         cast = f"{name}.to(torch.int32)" if found.library == "torch" else f"{name}.astype(np.int32)"
         refuse(name, found.dtype, f"int32{' or int64' if wide else ''}: pass {cast}", TypeError)
@@ -229,7 +236,6 @@ def index_view(name: str, array: Array, device: int, wide: bool = False) -> View
         refuse(name, f"an array on {device_name(found.device)}", f"one on {device_name(device)} or on the host")
     if found.shape[0] > 1 and found.strides[0] != 1:
         refuse(name, f"stride {found.strides[0]}", "a contiguous array")
-    return found
 
 
 def check_starts(name: str, starts: np.ndarray, most: int, because: str) -> np.ndarray:

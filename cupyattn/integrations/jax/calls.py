@@ -50,7 +50,7 @@ def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
             results.append(jax.ShapeDtypeStruct(arrays[role].shape, arrays[role].dtype))
     elif not problem.batch or not problem.total_q:  # no kernel runs: a packed q can still have rows, which see nothing
         out, *lse = results
-        return (jnp.zeros(out.shape, out.dtype), *(jnp.full(x.shape, -jnp.inf, x.dtype) for x in lse))
+        return (jnp.zeros(out.shape, out.dtype), *(jnp.full(x.shape, problem.lse_form.unseen, x.dtype) for x in lse))
     callback = buffer_callback(
         _callback(found),
         tuple(results),

@@ -63,7 +63,7 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
     theirs = [_OTHERWISE.get(name, name) for name in names]
 
-    def run(*values: Any, **more: Any) -> Results:
+    def work(values: tuple[Any, ...], more: Given) -> Results:
         given = {name: value for name, value in zip(theirs, values, strict=False) if value is not None}
         for other, value in more.items():
             if value is not None:
@@ -73,13 +73,16 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
             torch.autograd.graph.increment_version([given[name] for name in writes])
         return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
 
+    def run(*values: Any, **more: Any) -> Results:
+        return work(values, more)
+
     def in_front(*values: Any, **more: Any) -> Results:
         """Where PyTorch records gradients and its transformations take them."""
         tensors = [value for value in (*values, *more.values()) if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             refuse_gradients(dict(zip(names, values, strict=False)) | more)
         if _nothing_between(tensors):
-            return run(*values, **more)
+            return work(values, more)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*values, **more)
 
@@ -94,14 +97,18 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
     return operator
 
 
-_PLAIN = Tensor, torch.nn.Parameter
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_tracers, _transformations = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def _nothing_between(tensors: list[Tensor]) -> bool:
     """Whether an operator's kernel comes right behind its gradients: PyTorch itself takes long to go on to it."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False  # a tracer, or a transformation
-    return all([type(tensor) in _PLAIN for tensor in tensors])
+    if _tracers() or _transformations() is not None:
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def _fake(given: Given) -> Results:

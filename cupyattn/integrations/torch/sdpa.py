@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ...arrays import heads_last, refuse, view
+from ...arrays import refuse, turn, view
 from ...attention import attention as attend_eagerly
 from ...problem import MAX_HEAD_DIM
 from ..alignment import from_top_left
@@ -85,7 +85,7 @@ def _attend_at_once(
             return None
         if (is_causal and q.shape[2] != k.shape[2]) or (q.shape[1] != k.shape[1] and not enable_gqa):
             return None
-        out = attend_eagerly(heads_last(q), heads_last(k), heads_last(v), causal=is_causal, softmax_scale=scale)
+        out = attend_eagerly(turn(q), turn(k), turn(v), causal=is_causal, softmax_scale=scale)
     except (TypeError, ValueError):
         return None
     return out.transpose(1, 2)
