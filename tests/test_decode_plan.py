@@ -574,7 +574,7 @@ def torch(monkeypatch):
     made.device = lambda kind, index: (kind, index)
     made.empty = lambda shape, dtype, device: Tensor(at_address(0xE0000000, shape, dtype))
     made.contiguous_format = "contiguous"
-    made.empty_like = lambda tensor, memory_format: made.empty(tensor.shape, tensor.dtype, None)
+    made.empty_like = lambda tensor: made.empty(tensor.shape, tensor.dtype, None)
     made._C = types.SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
     monkeypatch.setitem(sys.modules, "torch", made)
     return made

@@ -493,7 +493,7 @@ class _OfTensors:
     def new_out(self, q: Any) -> Any:
         """A tensor of the output's form."""
         if self.like_q:
-            return self.empty_like(q)  # sooner done than to say what it is to be like; q is contiguous
+            return self.empty_like(q)  # which is contiguous too, and sooner done than to say all of it
         return self.empty(self.out_form[0], dtype=self.out_form[2])
 
     def address_of(self, tensor: Any, form: _Form | None, records: bool) -> int | None:
