@@ -22,6 +22,7 @@ struct FillParams {
 
 struct TakeParams {
     FillParams fill;  // its table is null, and columns 0, where none is to be made
+    int least;  // ids of the sequence that has most: for fewer, the host takes a narrower table
     const int* query_starts;  // null where there are none
     int* target;  // pinned memory of the host's: a Summary in SUMMARY_WORDS, and behind it starts, last and query_starts
     int batch;
@@ -80,7 +81,7 @@ __device__ Summary summarize(const TakeParams& p) {
         if (queries[b + 1] > queries[b]) atomicMax(&longest, queries[b + 1] - queries[b]);
     }
     wrong = __syncthreads_or(wrong);
-    const State state = wrong ? REFUSED : p.fill.columns && widest <= p.fill.columns ? FILLED : GOOD;
+    const State state = wrong ? REFUSED : p.least <= widest && widest <= p.fill.columns ? FILLED : GOOD;
     return {state, starts[p.batch], widest, queries ? queries[p.batch] : 0, longest};
 }
 
@@ -88,7 +89,7 @@ __device__ void copy(int* target, const int* source, int count) {
     for (int i = threadIdx.x; i < count; i += THREADS) target[i] = source[i];
 }
 
-// The table of numbers that nothing is wrong with, if it is wide enough. The first thread block says what it is made of.
+// The table of numbers that nothing is wrong with, if its width is right. The first thread block says what it is made of.
 // Each looks at all sequences, so that none waits for another.
 extern "C" __global__ void __launch_bounds__(THREADS) take_table(const __grid_constant__ TakeParams p) {
     const Summary found = summarize(p);

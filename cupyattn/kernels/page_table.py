@@ -23,7 +23,7 @@ SUMMARY_WORDS = 8
 REFUSED, GOOD, FILLED = range(3)
 _READ = struct.Struct(f"<{MOST_ARRAYS}Q{MOST_ARRAYS}iQ")
 _FILL = struct.Struct("<5Q2i")
-_TAKE = struct.Struct("<5Q2i2Q2i")
+_TAKE = struct.Struct("<5Q3i4x2Q2i")
 _plan_fill_table = lru_cache(maxsize=256)(plan_fill_table)
 
 
@@ -85,10 +85,11 @@ def take_table(
     *,
     batch: int,
     columns: int,
+    least: int,
     page_size: int,
     most_ids: int,
 ) -> None:
-    """Look at a page table, and fill a block table with it if it is in order and the table is wide enough.
+    """Look at a page table, and fill a block table with it if it is in order and the table's width is right.
 
     Launched on `stream`, of the device, which is the current one; returns at once. Arrays are as in `fill_table`, with
     1 to MOST_TOGETHER sequences. What the host's pinned memory at `target` is told, int32: the state, which is REFUSED
@@ -98,12 +99,13 @@ def take_table(
 
     Args:
         query_starts: (batch + 1,), starting at 0 and never decreasing; or 0.
-        columns: of the table; 0 if none is to be filled.
+        columns: of the table, which is as many ids as a sequence may have there; 0 if none is to be filled.
+        least: as many ids as the sequence that has most must have there, above 0 if there is no table.
         most_ids: as many as starts[batch] may be.
     """
     _, grid, threads = _plan_fill_table(batch if columns else 1, columns or 1)
     pointers = starts, ids, last, table, lengths
-    argument = _TAKE.pack(*pointers, columns, page_size, query_starts, target, batch, most_ids)
+    argument = _TAKE.pack(*pointers, columns, page_size, least, query_starts, target, batch, most_ids)
     enqueue(_kernel(device, "take_table"), grid, (threads,), (argument,), 0, stream)
 
 

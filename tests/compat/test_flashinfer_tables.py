@@ -87,6 +87,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         *,
         batch: int,
         columns: int,
+        least: int,
         page_size: int,
         most_ids: int,
     ) -> None:
@@ -96,7 +97,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         wrong = ends[0] != 0 or queries[0] != 0 or ends[-1] > most_ids or min(counts.min(), rows.min()) < 0
         wrong |= ((counts > 0) & ((last_pages < 1) | (last_pages > page_size))).any()
         widest = max(counts.max(), 0)
-        state = REFUSED if wrong else FILLED if columns and widest <= columns else GOOD
+        state = REFUSED if wrong else FILLED if least <= widest <= columns else GOOD
         _at(target, 5)[:] = np.minimum([state, ends[-1], widest, queries[-1], max(rows.max(), 0)], 2**31 - 1)
         held = np.concatenate([ends, last_pages, queries if query_starts else []])
         _at(target + 4 * SUMMARY_WORDS, len(held))[:] = held
@@ -328,9 +329,11 @@ def test_a_device_takes_a_page_table_in(place: Place, counts: list[int], fixed: 
 
 def test_a_table_that_is_too_narrow_is_made_anew(place: Place) -> None:
     tables = BlockTables(place.library)
-    for counts in ([2, 1], [2, 2], [9, 1], [1, 1]):
+    """And one that is wider than it would be made."""
+    for counts, stays in (([2, 1], 0), ([2, 2], 1), ([9, 1], 0), ([16, 3], 1), ([8, 3], 0), ([1, 1], 0), ([0, 1], 1)):
         table = _table(counts, 0)
         pages, _, _ = tables.take(place.look(*table), PAGE, None, True)
+        assert pages.in_place == stays
         tables.make_room(pages)
         tables.write(pages)
         _check_taken(place, tables, pages, table)

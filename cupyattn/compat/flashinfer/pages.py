@@ -359,6 +359,7 @@ class BlockTables:
         if not 0 < batch <= MOST_TOGETHER or checking(None, library.device):
             return None
         columns = self._form[1] if final and self._form is not None and self._form[0] == batch else 0
+        least = 1 if not columns else 0 if self._most is not None or columns == 1 else columns // 2 + 1
         behind = SUMMARY_WORDS + 2 * batch + 1
         size = behind if query_starts is None else behind + batch + 1
         room, stream, entries = _room.of(size), library.stream, ids.shape[0]
@@ -374,6 +375,7 @@ class BlockTables:
             _room.address,
             batch=batch,
             columns=columns,
+            least=least,
             page_size=page_size,
             most_ids=entries if self._most is None else min(entries, self._most),
         )
