@@ -814,10 +814,19 @@ def optional_view(array: Array | None, name: str) -> View | None:
 def checking(check: bool | None, device: int) -> bool:
     """Whether to read the contents of index arrays: always on the CPU, where it costs nothing."""
     if check is None:
-        return device < 0 or os.environ.get(CHECK_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+        return device < 0 or (_variables.get(_variable) is not None and _checks_asked_for())
     if not isinstance(check, (bool, np.bool_)):
         refuse("check", repr(check), "True, False or None", TypeError)
     return bool(check) or device < 0
+
+
+# As os.environ keeps them, which itself takes a microsecond to find out that there is no such variable.
+_variables = getattr(os.environ, "_data", os.environ)
+_variable = CHECK_VARIABLE if _variables is os.environ else os.environ.encodekey(CHECK_VARIABLE)
+
+
+def _checks_asked_for() -> bool:
+    return os.environ.get(CHECK_VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 
 def index_contents(

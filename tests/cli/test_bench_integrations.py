@@ -96,7 +96,7 @@ def test_jax_calls_are_timed_beside_empty_ones(monkeypatch):
     def time_of(call, wait, batches):
         """At a clock that falls by half after some spells."""
         timed.append(wait(call()).shape)
-        slower = 1 + (len(timed) > 30)
+        slower = 1 + (len(timed) > bench_integrations.SPELLS)
         return {"median_us": slower * 40.0 + (0.0 if len(timed) % 2 else 5.0), "p90_us": 60.0 + len(timed)}
 
     monkeypatch.setattr(bench_integrations, "time_of_calls", time_of)
@@ -104,8 +104,9 @@ def test_jax_calls_are_timed_beside_empty_ones(monkeypatch):
     bench_integrations.time_jax_calls(measured)
     spells = 2 * bench_integrations.SPELLS
     assert timed == [(1, 128, 8, 64)] * spells + [(8, 1, 8, 64)] * spells
-    found = {"median_us": 40.0, "p90_us": 99.0, "spells": 20, "spells_at_full_clock": 15}
-    assert measured.host_us["an empty callback of attention's form"] == found
+    found = measured.host_us["an empty callback of attention's form"]
+    assert found["median_us"] == 40.0 and found["p90_us"] == 60.0 + spells - 1
+    assert (found["spells"], found["spells_at_full_clock"]) == (spells // 2, spells // 4)
     assert [finding.value for finding in measured.findings] == [5.0, 5.0]
 
 
