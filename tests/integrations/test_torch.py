@@ -149,21 +149,25 @@ def test_fp8_caches_and_both_kinds_of_scales(rng, device):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
 def test_inductor_compiles_a_layer_whole(rng, device):
-    """With a matmul before and after, and a cache that is written in place."""
+    """With a matmul before and after, and a cache that is written in place.
+
+    Keys and values are tensors of their own: of views of one, TorchInductor 2.11 reads the second at a wrong place
+    (pytorch/pytorch#139628).
+    """
     q, k, v = (put(x, device) for x in dense_arrays(rng, seqlen_k=5, kv_heads=4))
     weight = put(normal(rng, (32, 32), "float32"), device) / 6
-    caches = torch.zeros(2, 2, 16, 4, 32, device=device)
+    caches = [torch.zeros(2, 16, 4, 32, device=device) for _ in "kv"]
     lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
 
     def layer(q, k_cache, v_cache):
         out = ours.attention_with_kvcache(q @ weight, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True)
         return (out @ weight).relu() + k_cache.sum()
 
-    own = caches.clone()
+    own = [cache.clone() for cache in caches]
     expected = layer(q, *own)
     out = compiled(layer, backend="inductor")(q, *caches)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(caches, own) and own.any()
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(caches, own, strict=True))
 
 
 def test_shapes_may_be_dynamic(rng, device):
