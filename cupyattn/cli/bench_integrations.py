@@ -79,10 +79,10 @@ def run(cupy: ModuleType, gpu: str, contenders: str, rounds: int, quick: bool, h
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the memory
     names = choose(contenders, CONTENDERS, console)
     measured = Measured()
+    if "jax" in names:  # before PyTorch is loaded, as where JAX is used alone
+        time_jax_calls(measured)
     if "torch" in names:
         time_torch_entries(cupy, measured)
-    if "jax" in names:
-        time_jax_calls(measured)
     if "jax" in names and not host:
         time_jax_prefill(measured, rounds, (1, 512, 4, 128) if quick else PREFILL_SHAPE, console)
     if "torch" in names and not host:
