@@ -820,7 +820,7 @@ def checking(check: bool | None, device: int) -> bool:
     return bool(check) or device < 0
 
 
-# As os.environ keeps them, which itself takes a microsecond to find out that there is no such variable.
+# As os.environ keeps them: it takes long itself to find out that there is no such variable.
 _variables = getattr(os.environ, "_data", os.environ)
 _variable = CHECK_VARIABLE if _variables is os.environ else os.environ.encodekey(CHECK_VARIABLE)
 

@@ -185,7 +185,7 @@ def _by_asking(buffers: tuple[Buffer, ...]) -> tuple[int, ...]:
 def _word_of_address(buffers: tuple[Buffer, ...]) -> int:
     """In which word of their own all these buffers, of one class of JAX's, hold their address: 0 for none.
 
-    To read it there takes a tenth of the time that it takes to ask.
+    To read it there is sooner done than to ask.
     """
     known = _by_asking(buffers)
     if sys.implementation.name == "cpython" and sys.byteorder == "little" and any(known):
