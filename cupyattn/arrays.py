@@ -251,7 +251,12 @@ def _view_jax(x: Any, name: str) -> View:
         )
     try:
         device_type, _ = x.__dlpack_device__()
-    except BufferError:  # sharded, or on a TPU
+    except Exception as error:  # BufferError if it is sharded, or on a TPU
+        if x.is_deleted():
+            came = "a JAX array that has been deleted, as what was donated to a call is"
+            refuse(name, came, "an array with values: go on with what that call returned", TypeError)
+        if not isinstance(error, BufferError):
+            raise
         where = ", ".join(sorted(str(device) for device in x.devices()))
         refuse(name, f"a JAX array on {where}", "an array on one CUDA device or on the CPU", TypeError)
     if device_type == _DL_CPU:

@@ -889,7 +889,7 @@ def _window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
                 raise TypeError
             left, right = (operator.index(side) for side in window)
         except (TypeError, ValueError):
-            refuse("window", repr(window), "(left, right) as two ints, or None", TypeError)
+            refuse("window", repr(window), "(left, right) as two ints, -1 for no bound, or None", TypeError)
         if left < -1 or right < -1:
             refuse("window", window, "sides of -1 (unbounded) or more")
     return left, 0 if causal else right

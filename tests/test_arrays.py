@@ -376,6 +376,14 @@ def run_python(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
 
 
+def test_a_deleted_jax_array_is_refused_by_name():
+    jnp = pytest.importorskip("jax.numpy")
+    array = jnp.ones(3)
+    array.delete()
+    with pytest.raises(TypeError, match="^k: got a JAX array that has been deleted, .* what that call returned$"):
+        view(array, "k")
+
+
 def test_import_loads_no_array_library_and_no_user_interface():
     heavy = ("cupy", "torch", "jax", "rich", "typer", "platformdirs", "einops", "numba")
     assert run_python(f"import sys, cupyattn; print(*[name for name in {heavy} if name in sys.modules])") == []

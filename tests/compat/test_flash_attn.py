@@ -1154,3 +1154,11 @@ def test_rotary_embedding_refuses_by_its_own_names():
 def test_examples(name):
     results = doctest.testmod(importlib.import_module(f"cupyattn.compat.flash_attn{name}"))
     assert results.attempted and not results.failed
+
+
+@pytest.mark.parametrize("name", ["return_attn_probs", "return_softmax_lse", "dropout_p"])
+def test_flags_and_numbers_are_no_strings(name):
+    q, cache = np.ones((2, 1, 4, 32), np.float16), np.ones((2, 8, 2, 32), np.float16)
+    call = flash_attn.flash_attn_with_kvcache if name == "return_softmax_lse" else flash_attn.flash_attn_func
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: got 'False', expected"):
+        call(q, cache, cache, **{name: "False"})

@@ -689,3 +689,15 @@ def test_a_refused_plan_leaves_the_old_forward_its_arrays(rng, lib):
     with pytest.raises(ValueError, match="block_tables: got an array, expected None beside ROPE_LLAMA"):
         wrapper.plan(*table, *sizes, pos_encoding_mode="ROPE_LLAMA", data_type="float16", block_tables=own)
     assert (lib.get(wrapper.forward(q, cache, window_left=3)) == expected).all()
+
+
+def test_flags_are_no_strings():
+    pages = [np.array(x, np.int32) for x in ([0, 1], [0, 1], [0], [3])]
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(np.empty(64, np.uint8))
+    with pytest.raises(TypeError, match="^causal: got 'False', expected True or False"):
+        wrapper.plan(*pages, 4, 2, 32, 4, causal="False")
+    wrapper.plan(*pages, 4, 2, 32, 4)
+    cache = np.ones((1, 4, 2, 32), np.float16)
+    for flag in ("False", "log2", None, np.array([True, False])):
+        with pytest.raises(TypeError, match="^return_lse: got .*, expected True or False"):
+            wrapper.run(np.ones((1, 4, 32), np.float16), (cache, cache), return_lse=flag)

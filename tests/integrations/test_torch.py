@@ -147,6 +147,27 @@ def test_fp8_caches_and_both_kinds_of_scales(rng, device):
     expected.check(get(out), None, "float16")
 
 
+@pytest.mark.parametrize("form", ["log2", "flash_attn"])
+def test_forms_of_the_lse_are_compiled(rng, device, form):
+    """Queries without keys among them."""
+    q, k, v = (put(x, device) for x in dense_arrays(rng, seqlen_k=3))
+    options = {"causal": True, "return_lse": form}
+    expected = ours.attention(q, k, v, **options)
+    for got, own in zip(compiled(lambda *x: ours.attention(*x, **options))(q, k, v), expected, strict=True):
+        torch.testing.assert_close(got, own)
+    assert torch.isinf(expected[1]).any()
+    got = torch.ops.cupyattn.attention(q, k, v, causal=True, lse_form=form)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_flag_is_no_string(rng, device):
+    q, k, v = (put(x, device) for x in dense_arrays(rng, kv_heads=4))
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    for name in ("is_causal", "enable_gqa"):
+        with pytest.raises(ValueError, match=f"^{name}: got 'False', expected True or False"):
+            ours.scaled_dot_product_attention(*turned, **{name: "False"})
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
 def test_inductor_compiles_a_layer_whole(rng, device):
     """With a matmul before and after, and a cache that is written in place.

@@ -51,4 +51,4 @@ def rename(error: Exception, names: Mapping[str, str]) -> None:
 def refuse_dropout(dropout_p: float) -> None:
     """Refuse any dropout."""
     if dropout_p:
-        refuse("dropout_p", dropout_p, "0.0: dropout belongs to training, and there is no backward pass")
+        refuse("dropout_p", repr(dropout_p), "0.0: dropout belongs to training, and there is no backward pass")

@@ -325,7 +325,7 @@ def _dense(
 ) -> Results:
     """`attention`, and what flash_attn returns beside the output if that is asked for."""
     refuse_dropout(dropout_p)
-    if not return_attn_probs:
+    if return_attn_probs is not True and not check_flag("return_attn_probs", return_attn_probs):
         return named(names, attention, (q, k, v), masks)
     results = named(names, attention, (q, k, v), {**masks, "return_lse": LSE})
     return *results, named(names, probabilities, (q, k, masks))
@@ -343,6 +343,7 @@ def _varlen(
 ) -> Results:
     """`attention_varlen`, as `_dense`. places: the arguments between v and dropout_p, and block_table."""
     refuse_dropout(dropout_p)
+    return_attn_probs = check_flag("return_attn_probs", return_attn_probs)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table = places
     options = masks | {
         "max_seqlen_q": max_seqlen_q,

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ...arrays import refuse
-from ...problem import FLOAT_DTYPES, FP8_DTYPES, MAX_HEAD_DIM
+from ...problem import FLOAT_DTYPES, FP8_DTYPES, MAX_HEAD_DIM, check_flag
 from .library import Array
 
 LAYOUTS = ("NHD", "HND")
@@ -128,7 +128,7 @@ def _make_options(
         0 if page_size is None else int(page_size),
         q_dtype,
         kv_dtype,
-        bool(causal),
+        check_flag("causal", causal),
         check_choice("pos_encoding_mode", pos_encoding_mode, POS_ENCODING_MODES),
         check_int("window_left", window_left, -1),
         check_number("logits_soft_cap", logits_soft_cap, 0.0, zero=True),

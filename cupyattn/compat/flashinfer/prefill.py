@@ -558,7 +558,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
             )
         if window_left is not None:
             self._check_window(window_left)
-        if return_lse:
+        if return_lse is not False:
             check_lse(lse_base, lse_layout)
         k, v = split_cache(paged_kv_cache, self._kv_layout)
         scales = q_scale, k_scale, v_scale
@@ -858,7 +858,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
             refuse("args", f"{len(args)} arguments", "none: there are no kernels of the caller's own", TypeError)
         if o_scale is not None or kv_cache_sf is not None:
             refuse_given("ragged prefill", o_scale=o_scale, kv_cache_sf=kv_cache_sf)
-        if return_lse:
+        if return_lse is not False:
             check_lse(lse_base, lse_layout)
         scales = q_scale, k_scale, v_scale
         return self._attend(q, k, v, out, lse, return_lse, None, *scales, lse_base, lse_layout)

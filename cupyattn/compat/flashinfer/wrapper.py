@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import numpy_dtype, refuse, view
+from ...problem import check_flag
 from ...streams import device_of
 from .arguments import BACKENDS, LAYOUTS, Options, check_choice, make_options, refuse_given, refuse_unplanned
 from .library import Array, library_of
@@ -95,7 +96,7 @@ class Wrapper:
         """Run the step, and bring the lse into its layout if it is asked for."""
         if self._step is None:
             refuse_unplanned()
-        if not return_lse:
+        if return_lse is not True and not check_flag("return_lse", return_lse):
             return self._step.run(q, k, v, out, False, sinks, q_scale, k_scale, v_scale)[0]
         with self._on_device():
             if lse is not None:

@@ -19,11 +19,13 @@ _NUMBERS = {"cache_seqlens": "uniform_length", "k_scale": "k_scale_number", "v_s
 """What such an argument is called if it is a number: an operator's argument has one type."""
 
 _NAMES = {"kernel": "kernel_name"}  # torch.compile has a "kernel" of its own
-_OTHERWISE = {other: name for name, other in (_NUMBERS | _NAMES).items()}
+_FORM = "lse_form"  # return_lse where that is a string
+_OTHERWISE = {other: name for name, other in (_NUMBERS | _NAMES).items()} | {_FORM: "return_lse"}
 
 _MASKS = (
     "bool causal=False, SymInt[]? window=None, float? softmax_scale=None, float? softcap=None, "
-    'Tensor? alibi_slopes=None, Tensor? sinks=None, bool return_lse=False, str kernel_name="auto", bool? check=None'
+    'Tensor? alibi_slopes=None, Tensor? sinks=None, bool return_lse=False, str? lse_form=None, str kernel_name="auto", '
+    "bool? check=None"
 )
 _PACKED = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, "
@@ -115,7 +117,7 @@ def _fake(given: Given) -> Results:
     q, v = given["q"], given["v_cache" if "v_cache" in given else "v"]
     precise = given.get("kernel_name") == "numpy_float64"
     out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float64 if precise else q.dtype)
-    if not given.get("return_lse"):
+    if not (given.get("return_lse") or given.get(_FORM)):
         return out, q.new_empty(0, dtype=torch.float32)
     shape = (q.shape[1], q.shape[0]) if q.ndim == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(shape, dtype=torch.float64 if precise else torch.float32)
@@ -124,7 +126,8 @@ def _fake(given: Given) -> Results:
 def named(options: Given) -> Given:
     """A function's options by the operators' names."""
     numbers = {name: other for name, other in _NUMBERS.items() if not isinstance(options.get(name), Tensor)}
-    return {(numbers | _NAMES).get(name, name): value for name, value in options.items()}
+    forms = {"return_lse": _FORM} if isinstance(options.get("return_lse"), str) else {}
+    return {(numbers | _NAMES | forms).get(name, name): value for name, value in options.items()}
 
 
 def refuse_gradients(given: Given) -> None:

@@ -56,7 +56,7 @@ def scaled_dot_product_attention(
     """
     out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is None:
-        complaint = _complaint(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+        complaint = _complaint(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if complaint is not None:
             refuse(*complaint)
         out = _attend(query, key, value, is_causal, scale)
@@ -77,7 +77,7 @@ def _attend_at_once(
 
     None, and nothing is done, for others and for what is to be refused.
     """
-    if attn_mask is not None or dropout_p or traced(query):
+    if attn_mask is not None or dropout_p or not isinstance(enable_gqa, bool) or traced(query):
         return None
     try:
         q, k, v = view(query, "query"), view(key, "key"), view(value, "value")
@@ -110,6 +110,7 @@ def _complaint(
     value: Tensor,
     attn_mask: Tensor | None,
     dropout_p: float,
+    is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> Complaint | None:
@@ -120,6 +121,9 @@ def _complaint(
         return "dropout_p", dropout_p, "0.0: the kernels drop nothing"
     if scale is not None and not isinstance(scale, (int, float)):
         return "scale", f"a {type(scale).__name__}", "a number or None"
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            return name, repr(flag), "True or False"
     recorded = torch.is_grad_enabled()
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -218,7 +222,7 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
             out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if out is not None:
                 return out
-            complaint = _complaint(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+            complaint = _complaint(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if complaint is None:
                 return _attend(query, key, value, is_causal, scale)
             if self.strict:
