@@ -66,6 +66,7 @@ class Measured:
             p90 = max(spell["p90_us"] for spell in spells)
             self.host_us[name] = {"median_us": statistics.median(medians[name]), "p90_us": p90}
             self.host_us[name] |= {"spells": len(spells), "spells_at_full_clock": len(medians[name])}
+            self.host_us[name]["spells_us"] = [spell["median_us"] for spell in spells]
         return medians
 
     def check(self, what: str, error: float) -> None:

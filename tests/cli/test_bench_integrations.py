@@ -106,6 +106,7 @@ def test_jax_calls_are_timed_beside_empty_ones(monkeypatch):
     assert timed == [(1, 128, 8, 64)] * spells + [(8, 1, 8, 64)] * spells
     found = measured.host_us["an empty callback of attention's form"]
     assert found["median_us"] == 40.0 and found["p90_us"] == 60.0 + spells - 1
+    assert len(found["spells_us"]) == found["spells"] and max(found["spells_us"]) == 80.0
     assert (found["spells"], found["spells_at_full_clock"]) == (spells // 2, spells // 4)
     assert [finding.value for finding in measured.findings] == [5.0, 5.0]
 

@@ -172,8 +172,8 @@ def test_a_flag_is_no_string(rng, device):
 def test_inductor_compiles_a_layer_whole(rng, device):
     """With a matmul before and after, and a cache that is written in place.
 
-    Keys and values are tensors of their own: of views of one, TorchInductor 2.11 reads the second at a wrong place
-    (pytorch/pytorch#139628).
+    Keys and values are tensors of their own: over views of one, TorchInductor 2.11 once gave wrong values, perhaps for
+    what is told in pytorch/pytorch#139628.
     """
     q, k, v = (put(x, device) for x in dense_arrays(rng, seqlen_k=5, kv_heads=4))
     weight = put(normal(rng, (32, 32), "float32"), device) / 6
