@@ -88,11 +88,14 @@ def test_import_brings_no_array_library():
 
 
 def test_import_is_quick(monkeypatch, tmp_path):
+    """At most 0.15 s where NumPy's own import takes 0.1 s: a machine with other work may be several times as slow."""
     # processor time: other tests may be running beside this one; and not that of compiling Python
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    code = "import numpy, time; t = time.process_time(); import cupyattn; print(time.process_time() - t)"
-    assert min(float(run_python(code, IMPORT_ROOT)) for _ in range(5)) <= 0.15
+    clock = "times.append(time.process_time())"
+    code = f"import time; times = []; {clock}; import numpy; {clock}; import cupyattn; {clock}; print(*times)"
+    took = [[float(time) for time in run_python(code, IMPORT_ROOT).split()] for _ in range(5)]
+    assert any(done - numpy <= 0.15 * max(1, (numpy - start) / 0.1) for start, numpy, done in took), took
 
 
 @pytest.fixture(scope="module")
