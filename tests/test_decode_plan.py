@@ -389,6 +389,7 @@ class Driver:
         driver = pytest.importorskip("cupy_backends.cuda.api.driver")
         self.launches, self.launches_on = [], []
         self.capturing, self.device, self.stream, self.contexts = False, 0, 0, 0
+        self.refuses = lambda: False
         self.made = at_address(0xE0000000, (1 << 20,), "uint8").data
         function = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=0xF00))
         loaded = types.SimpleNamespace(function=function, meta={})
@@ -431,6 +432,8 @@ class Driver:
 
     def launch(self, *arguments):
         *form, stream, location, extra = arguments
+        if self.refuses():
+            raise RuntimeError("CUDA_ERROR_INVALID_HANDLE: invalid resource handle")
         argument = _read(location, 1)[0]
         self.launches.append((form, stream, _read(argument, 60)))
         self.launches_on.append(self.device)

@@ -13,17 +13,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter, itemgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
 
 from ..arrays import View, contiguous_strides, numpy_dtype, torch_stream
 from ..streams import refuse_foreign_stream
-from .launch import make_context
+from .launch import KEPT_MAPS, make_context
 from .launches import Launch, launches
 from .operands import Operands
 from .tensor_map import MAP_BYTES
@@ -35,12 +35,18 @@ Addresses = Sequence[int]
 Check = Callable[[Addresses, int], None]
 """(addresses, address of out): raises where these do not fit."""
 
-_HELD = 8  # arguments of a thread that are kept for their addresses
-
 _MARK = 0x5EED << 48  # and a few behind it: nothing else in an argument is like these
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], np.dtype, int]
 """Shape, strides in bytes, dtype and device, as a CuPy array has them."""
+
+
+class Bound(NamedTuple):
+    """The launches of a planned call on one stream and on arrays at known addresses, which can be made again."""
+
+    launches: tuple[Callable[[], None], ...]
+    stream: int
+    memory: Any  # of their arguments: nothing of it is written again
 
 
 class Planned:
@@ -90,7 +96,7 @@ class Planned:
     def trust_addresses(self, order: Sequence[tuple[str, ...]], length: int | None) -> None:
         """Check none: all arrays come from an allocator that aligns them and gives no two the same memory.
 
-        order: for `at`, the names in `Operands` of what each address is for. length: of all sequences, if that is a
+        order: for `bind`, the names in `Operands` of what each address is for. length: of all sequences, if that is a
         number.
         """
         self._check = _no_check
@@ -110,30 +116,35 @@ class Planned:
             argument.write(self._template.length, operands.uniform_length)
         self._enqueue(argument, stream)
 
-    def at(self, addresses: tuple[int, ...], stream: int, captured: bool) -> None:
-        """The same for arrays of the planned forms that are known by their addresses alone: see `trust_addresses`.
+    def bind(self, addresses: tuple[int, ...], stream: int) -> Bound:
+        """The launches for arrays of the planned forms that are known by their addresses alone: see `trust_addresses`.
 
-        captured: whether the stream is being captured.
+        They are any thread's, and `launch` makes them.
         """
-        try:
-            argument = self._of_thread.by_addresses[addresses]
-        except (AttributeError, KeyError):
-            argument = self._argument_for(addresses)
-        self._enqueue(argument, stream, captured)
+        argument = _Argument(self._template, [False] * len(self._roles))
+        for address, (places, maps) in zip(addresses, self._order, strict=True):
+            argument.write(places, address)
+            for first, encode in maps:
+                argument.write_map(first, encode(address))
+        launches = [
+            partial(launch, stream, location, 0)
+            for launch, location in zip(self._launches, argument.locations, strict=True)
+        ]
+        return Bound(tuple(launches), stream, argument)
 
-    def _argument_for(self, addresses: tuple[int, ...]) -> _Argument:
-        """This thread's for these addresses, which come back: JAX's outputs take turns. The oldest is written anew."""
-        held = vars(self._of_thread).get("by_addresses")
-        if held is None:
+    def launch(self, bound: Bound, captured: bool) -> None:
+        """Launch what `bind` gave. captured: whether its stream is being captured."""
+        if not hasattr(self._of_thread, "ready"):
             make_context()
-            self._of_thread.by_addresses = held = {}
-        if len(held) < _HELD:
-            argument = _Argument(self._template, [False] * len(self._roles))
-        else:
-            argument = held.pop(next(iter(held)))
-        argument.take(addresses, self._order)
-        held[addresses] = argument
-        return argument
+            self._of_thread.ready = True
+        try:
+            if captured and not self._kept:
+                self._kept = keep_if_captured(self.memory, bound.stream)
+            for launch in bound.launches:
+                launch()
+        except Exception as error:
+            refuse_foreign_stream(error, self._quick.device)
+            raise
 
     def quick(self, arrays: tuple[Any, ...], length: int, out: Any) -> Any:
         """Launch for CuPy arrays or PyTorch tensors that are in every way as the example was, on the stream of theirs.
@@ -236,14 +247,13 @@ class Planned:
             self._of_thread.argument = made = _Argument(self._template, absent)
             return made
 
-    def _enqueue(self, argument: _Argument, stream: int, captured: bool | None = None) -> None:
-        """captured: whether the stream is being captured, None if that is to be found out."""
+    def _enqueue(self, argument: _Argument, stream: int) -> None:
         if not argument.checked:
             self._check(argument.addresses, argument.out)
             argument.encode_maps()
             argument.checked = True
         try:
-            if stream and not self._kept and captured is not False:
+            if stream and not self._kept:
                 self._kept = keep_if_captured(self.memory, stream)  # a graph with these launches may outlive the plan
             for launch, location in zip(self._launches, argument.locations):  # noqa: B905 (as above)
                 launch(stream, location, 0)
@@ -310,7 +320,7 @@ class _Template:
         """Where an array that is all of these stands; roles: of those that are read, then "out" and "lse"."""
         places = [roles.index(name) for name in names]
         words = [word for place in places for word in [*self.inputs, self.out, self.lse][place]]
-        return words, [(word, encode) for array, word, encode in self.maps if array in places]
+        return words, [(word, lru_cache(KEPT_MAPS)(encode)) for array, word, encode in self.maps if array in places]
 
 
 def _no_check(addresses: Addresses, out: int) -> None:
@@ -332,7 +342,7 @@ class _Argument:
     can change in a CuPy array is its shape, and then it is still the same memory.
     """
 
-    __slots__ = ("words", "locations", "references", "addresses", "out_reference", "out", "checked", "taken")
+    __slots__ = ("words", "locations", "references", "addresses", "out_reference", "out", "checked")
     __slots__ += ("_template", "_pointers", "_mapped", "_bytes")
 
     def __init__(self, template: _Template, absent: list[bool]) -> None:
@@ -347,7 +357,6 @@ class _Argument:
         self.out_reference: Callable[[], Any] = _never
         self.out = 0
         self.checked = False
-        self.taken: tuple[int, ...] = ()
         self._template = template
         self._mapped = [0] * len(template.maps)
 
@@ -368,20 +377,14 @@ class _Argument:
             self.checked = False
         self.out_reference = reference
 
-    def take(self, addresses: tuple[int, ...], order: list[_Targets]) -> None:
-        """Write those addresses that are not as they were taken before, each to its targets, with its maps."""
-        before = self.taken or [0] * len(addresses)
-        for address, last, (places, maps) in zip(addresses, before, order):  # noqa: B905 (as above)
-            if address != last:
-                self.write(places, address)
-                for first, encode in maps:
-                    self._bytes[8 * first : 8 * first + MAP_BYTES] = encode(address)
-        self.taken = addresses
-
     def write(self, places: list[int], word: int) -> None:
         """Write the same word in all these places."""
         for place in places:
             self.words[place] = word
+
+    def write_map(self, first: int, encoded: bytes) -> None:
+        """Write a tensor map; first: its first word."""
+        self._bytes[8 * first : 8 * first + MAP_BYTES] = encoded
 
     def encode_maps(self) -> None:
         """Make the tensor maps of arrays whose addresses have changed."""
@@ -389,7 +392,7 @@ class _Argument:
         for i, (array, word, encode) in enumerate(self._template.maps):
             address = addresses[array] if array < len(addresses) else self.out
             if address != mapped[i]:
-                self._bytes[8 * word : 8 * word + MAP_BYTES] = encode(address)
+                self.write_map(word, encode(address))
                 mapped[i] = address
 
 

@@ -6,6 +6,7 @@ a device, with the stand-ins of test_decode_plan.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from test_forward import features
 import cupyattn
 from cupyattn import DecodePlan
 from cupyattn.integrations.alignment import from_top_left
-from cupyattn.kernels import planned, workspace
+from cupyattn.kernels import workspace
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -680,14 +681,19 @@ def test_windows_from_the_top_left(left, right):
 # --------------------------------------------------------------------------- launches, with a driver stood in for
 
 
-class Buffer:
-    """A buffer of XLA's on a GPU, which tells its address by a capsule alone."""
+class Buffer(np.ndarray):
+    """A buffer of XLA's on a GPU: an object that holds its address. Nothing is there."""
 
-    def __init__(self, address, device=0):
-        self.address, self.device = address, device
+    def __new__(cls, address, device=0):
+        made = np.frombuffer((ctypes.c_char * 1).from_address(address), np.uint8).view(cls)
+        made.address, made.gpu = address, device
+        return made
 
     def __dlpack_device__(self):
-        return 2, self.device
+        return 2, self.gpu
+
+    def __repr__(self):
+        return f"Buffer({self.address:#x}, {self.gpu})"
 
 
 STEP = {"q": (4, 2, 8, 64), "k": (9, 16, 2, 64), "v": (9, 16, 2, 64), "k_new": (4, 2, 2, 64), "v_new": (4, 2, 2, 64)}
@@ -712,10 +718,12 @@ def results_at(start):
     return tuple(Buffer(start + (i << 20)) for i in range(4))
 
 
-@pytest.fixture
-def gpu(driver, monkeypatch):  # noqa: F811
-    """A GPU that is not there."""
+@pytest.fixture(params=["read", "asked"])
+def gpu(request, driver, monkeypatch):  # noqa: F811
+    """A GPU that is not there, whose buffers' addresses are read where they are held, or are asked for."""
     monkeypatch.setattr(calls, "_by_asking", lambda buffers: tuple([buffer.address for buffer in buffers]))
+    if request.param == "asked":
+        monkeypatch.setattr(calls, "_word_of_address", lambda buffers: 0)
     monkeypatch.setattr(workspace, "outside_capture", nullcontext)
     calls._current_device.cache_clear()
     yield driver
@@ -725,7 +733,8 @@ def gpu(driver, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize("length", [None, 7])
 def test_a_callback_launches_what_a_plan_does(gpu, length):
     callback, buffers = step_callback(length)
-    callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
+    for _ in range(3):
+        callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
     places = dict(zip([array.role for array in callback._described.arrays], buffers, strict=True))
     places |= dict(zip(("out", "lse", "k", "v"), results_at(RESULTS), strict=True))
 
@@ -739,7 +748,8 @@ def test_a_callback_launches_what_a_plan_does(gpu, length):
     plan._planned._quick.allocate = lambda size: at_address(places["lse"].address, (size,), "uint8").data
     gpu.stream = 5
     plan.run(*arrays, **step, out=given("out"))
-    (form, stream, words), expected = gpu.launches
+    (form, stream, words), *again, expected = gpu.launches
+    assert again == 2 * [(form, stream, words)]
     size = len(plan._planned._template.words)
     assert (form, stream, words[:size]) == (*expected[:2], expected[2][:size]) and stream == 5
 
@@ -750,7 +760,7 @@ def test_streams_and_captured_results_have_plans_of_their_own(gpu):
     def plans(stream, start, capturing=False):
         gpu.capturing = capturing
         callback(SimpleNamespace(stream=stream), results_at(start), *buffers)
-        return len(callback._launches)
+        return len(callback._plans)
 
     assert [plans(5, RESULTS), plans(5, 2 * RESULTS), plans(6, RESULTS)] == [1, 1, 2]
     assert [plans(5, RESULTS, True), plans(5, RESULTS, True), plans(5, 2 * RESULTS, True)] == [3, 3, 4]
@@ -761,9 +771,22 @@ def test_streams_and_captured_results_have_plans_of_their_own(gpu):
 def test_a_callback_launches_on_its_buffers_device(gpu):
     callback, _ = step_callback()
     buffers = [Buffer((1 + i) << 20, device=1) for i in range(len(STEP))]
-    for gpu.device in (0, 1):
+    gpu.refuses = lambda: gpu.device != 1
+    for gpu.device in (0, 1, 0):
         callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
-    assert gpu.launches_on == [1, 1] and len(callback._launches) == 1
+    assert gpu.launches_on == [1, 1, 1] and len(callback._plans) == 1
+
+
+def test_what_goes_wrong_in_a_launch_is_told(gpu):
+    callback, buffers = step_callback()
+    given = SimpleNamespace(stream=5), results_at(RESULTS), *buffers
+    callback(*given)
+    gpu.refuses = lambda: True
+    with refused("stream", "a current stream that is not one of", "a stream that was made on"):
+        callback(*given)
+    gpu.refuses = lambda: False
+    callback(*given)
+    assert len(gpu.launches) == 2
 
 
 def test_new_rows_without_a_query_are_launched_too(gpu, monkeypatch):
@@ -780,13 +803,13 @@ def test_new_rows_without_a_query_are_launched_too(gpu, monkeypatch):
 def words_after(callback, results, buffers):
     """The arguments of the launches that a call makes."""
     callback(SimpleNamespace(stream=5), results, *buffers)
-    (launch,) = callback._launches.values()
     addresses = tuple([buffer.address for buffer in (*buffers, *results)])
-    return list(launch.__self__._of_thread.by_addresses[addresses].words)
+    return list(callback._bound[(5, *addresses)].memory.words)
 
 
-def test_addresses_that_come_and_go_are_written_anew(gpu):
-    """As a callback of its own writes them, and for no more of them than it has room for."""
+def test_addresses_that_come_and_go_have_launches_of_their_own(gpu, monkeypatch):
+    """As those of a callback of its own, and no more of them are kept than there is room for."""
+    monkeypatch.setattr(calls, "_HELD", 8)
     callback, buffers = step_callback()
     seen = []
     turns = [(1, 2), (1, 3), (1, 2), (3, 2), (2, 1)] + [(1 + i % 11, 4 + i % 5) for i in range(60)]
@@ -795,8 +818,7 @@ def test_addresses_that_come_and_go_are_written_anew(gpu):
         seen.append(words_after(callback, results_at(results * RESULTS), buffers))
         assert seen[-1] == words_after(step_callback()[0], results_at(results * RESULTS), buffers)
     assert len(set(map(tuple, seen))) == len(set(turns))
-    (launch,) = callback._launches.values()
-    assert len(launch.__self__._of_thread.by_addresses) == planned._HELD
+    assert len(callback._bound) == 8
 
 
 def test_maps_are_those_of_the_addresses(gpu, monkeypatch):

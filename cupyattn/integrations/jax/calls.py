@@ -1,7 +1,7 @@
 """What XLA calls back: on a GPU a plan for each stream, launched on buffers' bare addresses; on the CPU NumPy.
 
 Such a callback costs the host nothing but what Python does in it. No array object is made of a GPU's buffer: its
-address is read, and written into the arguments of prepared launches where another stood there.
+address is read, and the launches for these addresses are made again. Addresses come back: results take turns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.experimental.buffer_callback import Buffer, ExecutionContext, buffer_ca
 
 from ...arrays import numpy_dtype, on_device
 from ...attention import attention, attention_varlen, attention_with_kvcache
+from ...kernels.planned import Bound
 from ...planned_call import PlannedCall
 from .forms import ROLES, Described, Form, abstracts, described
 
@@ -30,9 +31,9 @@ _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 _words = (ctypes.c_uint64 * (1 << 57)).from_address(0)  # of this process's memory: the one at address 8 * i is number i
 
-
-Launch = Callable[[tuple[int, ...], int, bool], None]
-"""(addresses, stream, whether it is being captured): launches a plan."""
+_HELD = (
+    256  # launches that a callback keeps: those of a model's layers on one stream, each with results that take turns
+)
 
 
 def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -63,7 +64,7 @@ def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
 class Callback:
     """Runs calls of one form on whatever device their buffers are."""
 
-    __slots__ = ("_described", "_roles", "_captures", "_out", "_launches", "_word", "_lock", "__weakref__")
+    __slots__ = ("_described", "_roles", "_captures", "_out", "_plans", "_bound", "_word", "_lock", "__weakref__")
 
     def __init__(self, found: Described) -> None:
         self._described = found
@@ -77,11 +78,23 @@ class Callback:
         self._roles = tuple(reads + writes)  # what each buffer is for the kernels, those of the results behind
         self._out = len(reads)
         self._captures = found.form.command_buffer
-        self._launches: dict[tuple[int, int, int], Launch] = {}
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
+        self._bound: dict[tuple[int, ...], Bound] = {}  # by stream and addresses; none of a capture
         self._word: int | None = None  # of a buffer, which holds its address; 0 if none does, None as long as none came
         self._lock = threading.Lock()
 
     def __call__(self, context: ExecutionContext, results: tuple[Buffer, ...], *buffers: Buffer) -> None:
+        word = self._word
+        if word:
+            try:
+                stream = context.stream
+                bound = self._bound[(stream, *[_words[(id(buffer) >> 3) + word] for buffer in buffers + results])]
+                if not self._captures or not _is_captured()(stream):
+                    for launch in bound.launches:
+                        launch()
+                    return
+            except Exception:  # new addresses, another current device, the CPU; what is wrong is said below
+                pass
         kind, device = buffers[0].__dlpack_device__()
         if kind == _CPU:
             self._on_host(results, buffers)
@@ -92,27 +105,41 @@ class Callback:
                 self._on_device(device, context.stream, buffers + results)
 
     def _on_device(self, device: int, stream: int, buffers: tuple[Buffer, ...]) -> None:
-        word = self._word
-        if word:
-            addresses = tuple([_words[(id(buffer) >> 3) + word] for buffer in buffers])
-        else:
-            addresses = _by_asking(buffers)
-            if word is None:
-                self._word = _word_of_address(buffers)
+        addresses = self._addresses_of(buffers)
         captured = self._captures and _is_captured()(stream)
         # Launches of one plan must not overlap. Those of a graph may run beside one another if XLA likes, but two that
         # are at work at once write to two places.
         key = device, stream, addresses[self._out] if captured else 0
-        launch = self._launches.get(key) or self._prepare(key)
-        launch(addresses, stream, captured)
+        plan = self._plans.get(key) or self._prepare(key)
+        known = stream, *addresses
+        bound = None if captured else self._bound.get(known)
+        if bound is None:
+            bound = plan.bind(addresses, stream)
+            if not captured:
+                self._keep(known, bound)
+        plan.launch(bound, captured)
 
-    def _prepare(self, key: tuple[int, int, int]) -> Launch:
+    def _addresses_of(self, buffers: tuple[Buffer, ...]) -> tuple[int, ...]:
+        word = self._word
+        if word:
+            return tuple([_words[(id(buffer) >> 3) + word] for buffer in buffers])
+        if word is None:
+            self._word = _word_of_address(buffers)
+        return _by_asking(buffers)
+
+    def _keep(self, known: tuple[int, ...], bound: Bound) -> None:
+        with self._lock:
+            while len(self._bound) >= _HELD:
+                del self._bound[next(iter(self._bound))]
+            self._bound[known] = bound
+
+    def _prepare(self, key: tuple[int, int, int]) -> _Plan:
         from ...kernels.workspace import outside_capture
 
         with self._lock, outside_capture():
-            if key not in self._launches:
-                self._launches[key] = _Plan(self._described, key[0], self._roles).launch
-            return self._launches[key]
+            if key not in self._plans:
+                self._plans[key] = _Plan(self._described, key[0], self._roles)
+            return self._plans[key]
 
     def _on_host(self, results: tuple[Buffer, ...], buffers: tuple[Buffer, ...]) -> None:
         form = self._described.form
@@ -153,24 +180,29 @@ def _callback(found: Described) -> Callback:
 class _Plan(PlannedCall):
     """A planned call whose arrays are known by their addresses alone, in the order of these roles."""
 
-    __slots__ = ("launch", "_operands", "_order")
+    __slots__ = ("_operands", "_order")
 
     def __init__(self, found: Described, device: int, order: tuple[tuple[str, ...], ...]) -> None:
         form = found.form
         self._operands, self._order = found.operands(device), order
         roles = tuple([(form.name_of(role), role) for role in ROLES])
         self._prepare(self._operands, form.positional(), form.names, roles, False)
-        self.launch: Launch = self._append
         if self._planned is not None:
             self._planned.trust_addresses(order, form.length)
-            self.launch = self._planned.at
 
-    def _append(self, addresses: tuple[int, ...], stream: int, captured: bool) -> None:
-        """New rows and no query."""
-        example = self._operands
+    def bind(self, addresses: tuple[int, ...], stream: int) -> Bound:
+        if self._planned is not None:
+            return self._planned.bind(addresses, stream)
+        example = self._operands  # new rows and no query
         given = {role: address for own, address in zip(self._order, addresses, strict=True) for role in own}
         views = {role: replace(getattr(example, role), pointer=given[role]) for role in ROLES if role in given}
-        self._call.run(replace(example, **views), stream)
+        return Bound((partial(self._call.run, replace(example, **views), stream),), stream, None)
+
+    def launch(self, bound: Bound, captured: bool) -> None:
+        if self._planned is not None:
+            self._planned.launch(bound, captured)
+        else:
+            bound.launches[0]()
 
 
 def _by_asking(buffers: tuple[Buffer, ...]) -> tuple[int, ...]:
