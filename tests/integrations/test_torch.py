@@ -25,6 +25,8 @@ import cupyattn
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+
 from cupyattn.integrations import torch as ours  # noqa: E402
 from cupyattn.integrations.torch import operators, sdpa  # noqa: E402
 
@@ -168,27 +170,83 @@ def test_a_flag_is_no_string(rng, device):
             ours.scaled_dot_product_attention(*turned, **{name: "False"})
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
-def test_inductor_compiles_a_layer_whole(rng, device):
-    """With a matmul before and after, and a cache that is written in place.
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler"
+)
 
-    Keys and values are tensors of their own: over views of one, TorchInductor 2.11 once gave wrong values, perhaps for
-    what is told in pytorch/pytorch#139628.
-    """
+VIEWS = {  # how a layer's caches are made of what comes into the graph, and what of 3 x (keys, values) comes in
+    "parts of one tensor": (lambda k, v: (k, v), lambda pool: (pool[0, 0], pool[0, 1])),
+    "parts of a pool": (lambda k, v: (k, v), lambda pool: (pool[2, 0], pool[2, 1])),
+    "parts of two pools": (lambda k, v: (k[1], v[1]), lambda pool: (pool[:, 0], pool[:, 1])),
+    "the whole pool": (lambda pool: (pool[1, 0], pool[1, 1]), lambda pool: (pool,)),
+    "selected from a view": (lambda pair: (pair[0], pair[1]), lambda pool: (pool[1],)),
+    "sliced from a view": (lambda both: (both[:, :8], both[:, 8:]), lambda pool: (pool[1, 1],)),
+}
+
+
+@pytest.fixture
+def compiled_anew(monkeypatch, tmp_path):
+    """Without what PyTorch keeps on disk, which it takes for a graph's though this library has changed."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("views, dynamic", [*zip(VIEWS, 6 * [None], strict=True), ("the whole pool", True)])
+def test_inductor_compiles_a_layer_whole(rng, device, compiled_anew, views, dynamic):
+    """With a matmul before and after, and caches that are written in place and read before and after that."""
+    inside, outside = VIEWS[views]
     q, k, v = (put(x, device) for x in dense_arrays(rng, seqlen_k=5, kv_heads=4))
     weight = put(normal(rng, (32, 32), "float32"), device) / 6
-    caches = [torch.zeros(2, 16, 4, 32, device=device) for _ in "kv"]
+    pool = put(normal(rng, (3, 2, 2, 16, 4, 32), "float32"), device)
     lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
 
-    def layer(q, k_cache, v_cache):
-        out = ours.attention_with_kvcache(q @ weight, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True)
-        return (out @ weight).relu() + k_cache.sum()
+    def layer(q, *given):
+        k_cache, v_cache = inside(*given)
+        q = q @ weight + v_cache.mean()
+        out = ours.attention_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True)
+        return (out @ weight).relu() + k_cache.mean() - v_cache.mean()
 
-    own = [cache.clone() for cache in caches]
-    expected = layer(q, *own)
-    out = compiled(layer, backend="inductor")(q, *caches)
+    before, own = pool.clone(), pool.clone()
+    expected = layer(q, *outside(own))
+    out = compiled(layer, backend="inductor", dynamic=dynamic)(q, *outside(pool))
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    assert all(torch.equal(one, other) and one.any() for one, other in zip(caches, own, strict=True))
+    assert torch.equal(pool, own) and not torch.equal(pool, before)
+
+
+@needs_a_compiler
+def test_a_compiled_layer_takes_the_caches_of_any_layer(rng, device, compiled_anew):
+    """What is compiled for parts at one place of a pool serves those at others."""
+    q, k, v = (put(x, device) for x in dense_arrays(rng, seqlen_k=5, kv_heads=4))
+    pool = put(normal(rng, (3, 2, 2, 16, 4, 32), "float32"), device)
+    own = pool.clone()
+
+    def layer(q, k_cache, v_cache):
+        return ours.attention_with_kvcache(q * 2, k_cache, v_cache, k=k, v=v, cache_seqlens=3, causal=True) / 2
+
+    call = compiled(layer, backend="inductor")
+    for i in (2, 0, 1):
+        torch.testing.assert_close(call(q, *pool[i]), layer(q, *own[i]), atol=1e-4, rtol=1e-4)
+        assert torch.equal(pool, own)
+
+
+def test_caches_are_copied_only_where_pytorch_misplaces_them(rng):
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng, seqlen_k=5, kv_heads=4))
+    pool = torch.zeros(3, 2, 2, 16, 4, 32)
+    old = torch.__version__ < "2.13"
+    expected = dict(zip(VIEWS, (1, 1, 0, 0, 2 * old, 2), strict=True))  # of two interleaved pools it makes one
+    for views, (inside, outside) in VIEWS.items():
+        graphs = []
+        torch._dynamo.reset()  # or what changes from one to the next is taken for dynamic
+
+        def layer(q, *given, inside=inside):
+            return ours.attention_with_kvcache(q, *inside(*given), k=k, v=v, cache_seqlens=3)
+
+        backend = aot_autograd(fw_compiler=lambda graph, examples: graphs.append(graph) or graph)  # noqa: B023
+        with torch.no_grad():
+            compiled(layer, backend=backend)(q, *outside(pool))
+        copies = [node for node in graphs[0].graph.nodes if node.target is torch.ops.cupyattn.copy_of.default]
+        assert len(copies) == expected[views], views
 
 
 def test_shapes_may_be_dynamic(rng, device):

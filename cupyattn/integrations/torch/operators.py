@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...arrays import refuse
 from ...attention import attention, attention_varlen, attention_with_kvcache
+from .functionalization import copy_misplaced_views, define_copies
 
 _NUMBERS = {"cache_seqlens": "uniform_length", "k_scale": "k_scale_number", "v_scale": "v_scale_number"}
 """What such an argument is called if it is a number: an operator's argument has one type."""
@@ -54,6 +55,7 @@ def _library() -> torch.library.Library:
 
 _KEPT = "_cupyattn_operators"
 _LIBRARY = _library()
+_COPY_OF = define_copies(_LIBRARY)
 
 
 def _operator(name: str, arguments: str, function: Callable[..., Any], writes: tuple[str, ...] = ()) -> Any:
@@ -96,6 +98,8 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
     _LIBRARY.impl(name, in_front, "Autograd")
     torch.library.register_fake(f"cupyattn::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.cupyattn, name).default
+    if writes:
+        copy_misplaced_views(operator, writes, _COPY_OF)
     return operator
 
 
