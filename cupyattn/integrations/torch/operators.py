@@ -7,6 +7,7 @@ where the lse is empty unless it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
     names = [argument.partition("=")[0].split()[-1] for argument in arguments.split(", ")]
     theirs = [_OTHERWISE.get(name, name) for name in names]
 
-    def work(values: tuple[Any, ...], more: Given) -> Results:
+    def work(values: tuple[Any, ...], more: Given) -> Tensor | Results:
         given = {name: value for name, value in zip(theirs, values, strict=False) if value is not None}
         for other, value in more.items():
             if value is not None:
@@ -75,18 +76,25 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
         results = function(**given)
         if writes:
             torch.autograd.graph.increment_version([given[name] for name in writes])
-        return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
+        return results
 
     def run(*values: Any, **more: Any) -> Results:
-        return work(values, more)
+        results = work(values, more)
+        return results if isinstance(results, tuple) else (results, results.new_empty(0, dtype=torch.float32))
 
     def in_front(*values: Any, **more: Any) -> Results:
         """Where PyTorch records gradients and its transformations take them."""
-        tensors = [value for value in (*values, *more.values()) if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-            refuse_gradients(dict(zip(names, values, strict=False)) | more)
-        if _nothing_between(tensors):
-            return work(values, more)
+        records = torch.is_grad_enabled()
+        # Whether the operator's kernel comes next: PyTorch itself takes long to go on to it.
+        is_next = not _tracers() and _transformations() is None
+        for value in (*values, *more.values()):
+            if isinstance(value, Tensor):
+                if records and value.requires_grad:
+                    refuse_gradients(dict(zip(names, values, strict=False)) | more)
+                is_next &= type(value) in _PLAIN
+        if is_next:
+            results = work(values, more)
+            return results if isinstance(results, tuple) else (results, _no_lse(results.device))
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*values, **more)
 
@@ -107,14 +115,11 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _tracers, _transformations = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
-def _nothing_between(tensors: list[Tensor]) -> bool:
-    """Whether an operator's kernel comes right behind its gradients: PyTorch itself takes long to go on to it."""
-    if _tracers() or _transformations() is not None:
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return False
-    return True
+@lru_cache(maxsize=64)
+def _no_lse(device: torch.device) -> Tensor:
+    """What comes where no lse is asked for, and no tracer is at work. It has no memory, so calls may have the same."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.float32, device=device)
 
 
 def _fake(given: Given) -> Results:
