@@ -121,17 +121,20 @@ def test_appending_in_a_compiled_graph(rng, device, lengths):
     options = {"k": k, "v": v, "causal": True} | tables(rng, 32, 32, "float32")
     options["cache_seqlens"] = ints(9, 9) if lengths == "array" else 9
     caches = cache.split(cache.array)
-    expected = oracle.attention_with_kvcache(q, *caches, **options)
+    placed = {name: option for name, option in options.items() if name not in ("k", "v", "causal")}
     eager, own = ([put(part.copy(), device) for part in caches] for _ in range(2))
-    q, options = put(q, device), moved(options, device)
-    ours.attention_with_kvcache(q, *eager, **options)
+    given, options = options, moved(options, device)
+    ours.attention_with_kvcache(put(q, device), *eager, **options)
+    stored = tuple(map(get, eager))
+    oracle.check_caches(stored, *oracle.append_range(*caches, k, v, **placed))
+    expected = oracle.attention_with_kvcache(q, *caches, **given, stored=stored)
 
     @compiled
     def step(q, k_cache, v_cache):
         out, lse = ours.attention_with_kvcache(q, k_cache, v_cache, **options, return_lse=True)
         return out, lse, k_cache[:, 9].clone()
 
-    out, lse, row = step(q, *own)
+    out, lse, row = step(put(q, device), *own)
     expected.check(get(out), get(lse), "float16")
     for one, other in zip(own, eager, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
