@@ -358,10 +358,26 @@ def test_caches_that_are_written_count_as_changed(rng):
         torch.ops.cupyattn.append_and_attend(q[:, :1], k.clone(), v.clone(), **new)
 
 
-def test_sparse_tensors_are_named_by_operators(rng):
+def test_sparse_and_nested_tensors_are_named(rng):
     q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
     with refused("k", "a sparse tensor", "strided", TypeError):
         torch.ops.cupyattn.attention(q, k.to_sparse(), v)
+    nested = torch.nested.nested_tensor(list(q), layout=torch.jagged)
+    with refused("q", "a tensor of layout torch.jagged", "a strided tensor", TypeError):
+        ours.attention(nested, k, v)
+    for query, layout in ((q.to_sparse(), "sparse_coo"), (nested, "jagged")):
+        with refused("query", f"a tensor of layout torch.{layout}", "a strided tensor"):
+            ours.scaled_dot_product_attention(query, k, v)
+
+
+def test_functions_under_vmap(rng, device):
+    q, k, v = (put(x, device) for x in dense_arrays(rng))
+    expected = ours.attention(q, k, v, causal=True)
+    got = torch.vmap(lambda *x: ours.attention(*(part[None] for part in x), causal=True)[0])(q, k, v)
+    torch.testing.assert_close(got, expected)
+    turned = [x.transpose(1, 2) for x in (q, q, q)]
+    got = torch.vmap(ours.scaled_dot_product_attention)(*turned)
+    torch.testing.assert_close(got, ours.scaled_dot_product_attention(*turned))
 
 
 def test_a_second_import_defines_the_operators_again():

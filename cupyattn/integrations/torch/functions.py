@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ...arrays import refuse
-from .operators import append_and_attend, attend, attend_cached, attend_packed, named, refuse_gradients
+from .operators import (
+    append_and_attend,
+    attend,
+    attend_cached,
+    attend_packed,
+    named,
+    refuse_gradients,
+    transformations,
+)
 
 _eager = sys.modules["cupyattn.attention"]  # the attribute of that name is the function
 
@@ -19,7 +27,7 @@ Results = Tensor | tuple[Tensor, Tensor]
 
 def traced(q: Tensor) -> bool:
     """Whether PyTorch is looking at the call rather than making it. Tensors of its tracers are of other classes."""
-    return torch.compiler.is_compiling() or type(q) is not Tensor
+    return torch.compiler.is_compiling() or type(q) is not Tensor or transformations() is not None
 
 
 @wraps(_eager.attention)
@@ -57,6 +65,9 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **option
 def _check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
     if torch.is_grad_enabled():
         refuse_gradients(tensors | options)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            refuse(name, f"a tensor of layout {tensor.layout}", "a strided tensor", TypeError)
     if options.pop("out", None) is not None:
         refuse("out", "a tensor, while PyTorch traces", "None: a compiled graph places its results itself")
 

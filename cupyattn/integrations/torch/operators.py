@@ -86,7 +86,7 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
         """Where PyTorch records gradients and its transformations take them."""
         records = torch.is_grad_enabled()
         # Whether the operator's kernel comes next: PyTorch itself takes long to go on to it.
-        is_next = not _tracers() and _transformations() is None
+        is_next = not _tracers() and transformations() is None
         for value in (*values, *more.values()):
             if isinstance(value, Tensor):
                 if records and value.requires_grad:
@@ -112,7 +112,8 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_tracers, _transformations = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_tracers = torch._C._len_torch_dispatch_stack
+transformations = torch._C._functorch.peek_interpreter_stack  # None outside vmap, grad and their like
 
 
 @lru_cache(maxsize=64)

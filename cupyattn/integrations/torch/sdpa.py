@@ -135,6 +135,8 @@ def _complaint(
                 came,
                 "one without gradients, as there is no backward pass: .detach() it, or use torch.no_grad()",
             )
+        if tensor.layout != torch.strided:
+            return name, f"a tensor of layout {tensor.layout}", "a strided tensor"
         if tensor.ndim != query.ndim or tensor.ndim not in (3, 4):
             shape = tuple(tensor.shape)
             return (
