@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, NoReturn
 
-import ml_dtypes
 import numpy as np
 
 ACCEPTED = "an array of NumPy, CuPy, PyTorch or JAX, or any object with __dlpack__ or __cuda_array_interface__"
@@ -40,7 +39,7 @@ _OF_INDICES = ("indptr", "indices", "_len", "positions")  # in the names that Fl
 # Device types of the DLPack specification.
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
 
-_NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_OF_ML_DTYPES = frozenset(("bfloat16", "float8_e4m3fn", "float8_e5m2"))
 
 
 @dataclass(slots=True)
@@ -71,7 +70,11 @@ def device_name(device: int) -> str:
 @cache
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype of a `View.dtype`; ml_dtypes provides bfloat16 and FP8."""
-    return _NUMPY_DTYPES.get(name) or np.dtype(name)
+    if name not in _OF_ML_DTYPES:
+        return np.dtype(name)
+    import ml_dtypes  # only here: some of its versions take a second to load
+
+    return np.dtype(getattr(ml_dtypes, name))
 
 
 # ---------------------------------------------------------------------------------------------- arrays in
@@ -445,7 +448,7 @@ def empty(like: View, shape: tuple[int, ...], dtype: str) -> View:
             array = torch.empty(shape, dtype=getattr(torch, dtype), device=source.device)
         return View(array, array.data_ptr(), shape, strides, dtype, like.device, "torch", False)
     if like.device >= 0:
-        array = _cupy().ndarray(shape, _NUMPY_DTYPES.get(dtype, dtype))
+        array = _cupy().ndarray(shape, numpy_dtype(dtype))
         return View(array, array.data.ptr, shape, strides, dtype, like.device, "cupy", False)
     array = _aligned_empty(shape, numpy_dtype(dtype)) if like.library == "jax" else np.empty(shape, numpy_dtype(dtype))
     return View(array, array.__array_interface__["data"][0], shape, strides, dtype, -1, "numpy", False)
@@ -490,7 +493,7 @@ def host_array(source: View) -> np.ndarray:
     if source.library == "torch":
         tensor = source.array.detach()
         tensor = tensor if source.device < 0 else tensor.cpu()
-        if source.dtype in _NUMPY_DTYPES:  # torch does not export these to NumPy
+        if source.dtype in _OF_ML_DTYPES:  # torch does not export these to NumPy
             bits = numpy_dtype(source.dtype)
             same_size = "uint8" if bits.itemsize == 1 else "int16"
             return tensor.view(getattr(sys.modules["torch"], same_size)).numpy().view(bits)

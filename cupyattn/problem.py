@@ -841,7 +841,8 @@ def check_writable(name: str, view: View) -> None:
             name,
             "a JAX array, and JAX arrays are immutable",
             "an array that can be written in place: a CuPy array on CUDA, a NumPy array on the CPU, "
-            "which JAX reads without a copy through jax.dlpack.from_dlpack",
+            "which JAX reads without a copy through jax.dlpack.from_dlpack; or a call of cupyattn.integrations.jax, "
+            "which returns new caches",
         )
     if view.readonly:
         refuse(name, f"a read-only {view.library} array", "a writable one: this call writes into it")

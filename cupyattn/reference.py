@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import ml_dtypes
 import numpy as np
 
 from .arrays import INDEX_ROLES, View, host_array, numpy_dtype
@@ -404,6 +403,8 @@ def _scales(number: float, array: View | None, dtype: np.dtype) -> np.ndarray:
 
 def _to_fp8(values: np.ndarray, kv_dtype: str) -> np.ndarray:
     """The bytes of values rounded to nearest even; what is too large becomes the largest number, NaN stays NaN."""
+    import ml_dtypes  # as in `numpy_dtype`
+
     target = numpy_dtype(kv_dtype)
     largest = values.dtype.type(ml_dtypes.finfo(target).max)
     return np.clip(values, -largest, largest).astype(target).view(np.uint8)

@@ -385,7 +385,7 @@ def test_a_deleted_jax_array_is_refused_by_name():
 
 
 def test_import_loads_no_array_library_and_no_user_interface():
-    heavy = ("cupy", "torch", "jax", "rich", "typer", "platformdirs", "einops", "numba")
+    heavy = ("cupy", "torch", "jax", "rich", "typer", "platformdirs", "einops", "numba", "ml_dtypes")
     assert run_python(f"import sys, cupyattn; print(*[name for name in {heavy} if name in sys.modules])") == []
 
 

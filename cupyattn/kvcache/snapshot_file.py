@@ -24,9 +24,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-import ml_dtypes
 import numpy as np
 from xxhash import xxh3_128
+
+from ..arrays import numpy_dtype
 
 FORMAT, VERSION = "cupyattn.kvcache", 1
 CHUNK = 32 << 20  # bytes that are on their way at once
@@ -34,10 +35,9 @@ PROGRESS_FROM = 1 << 30  # bytes of data that are worth a progress bar
 MAX_HEADER = 100 << 20  # that of safetensors
 INDEX, DATA = "index_xxh3_128", "data_xxh3_128"
 _NO_SUM = "0" * 32
-_NAMES = {np.dtype(name): name[0].upper() + str(np.dtype(name).itemsize * 8) for name in ("int32", "int64")}
-_NAMES |= {np.dtype(np.uint8): "U8", np.dtype(np.uint64): "U64", np.dtype(np.float16): "F16"}
-_NAMES |= {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_TAGS = {"int32": "I32", "int64": "I64", "uint8": "U8", "uint64": "U64"}
+_TAGS |= {"float16": "F16", "float32": "F32", "bfloat16": "BF16"}
+_DTYPES = {tag: name for name, tag in _TAGS.items()}
 
 Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -70,7 +70,7 @@ class Writer:
         end = 0
         for name, (dtype, shape) in {**{name: (x.dtype, x.shape) for name, x in index.items()}, **data}.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            self._tensors[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._tensors[name] = {"dtype": _TAGS[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
         self._left = end - len(self._index)
         self._sum = xxh3_128()
 
@@ -203,7 +203,7 @@ class Reader:
             if not all(isinstance(value, str) for value in self.strings.values()):
                 raise TypeError
             found = [self.strings[name] for name in ("format", "kind", "version", INDEX, DATA)]
-            shapes = {name: (_DTYPES[x["dtype"]], tuple(x["shape"])) for name, x in tensors.items()}
+            shapes = {name: (numpy_dtype(_DTYPES[x["dtype"]]), tuple(x["shape"])) for name, x in tensors.items()}
             ends = [(x["data_offsets"][0], x["data_offsets"][1]) for x in tensors.values()]
             sizes = [math.prod(map(_count, shape)) * dtype.itemsize for dtype, shape in shapes.values()]
             data = self.strings["data"].split()

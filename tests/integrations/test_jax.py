@@ -213,6 +213,19 @@ def test_eager_calls_donate_the_caches(rng, place):
     same_caches(appended, expected)
 
 
+def test_eager_calls_that_are_refused_leave_the_caches(rng):
+    """By what their index arrays hold too, on the CPU."""
+    q, *caches, new = step_arrays(rng)
+    with jax.default_device(jax.devices("cpu")[0]):
+        given = [jnp.array(cache) for cache in caches]
+        full = new | {"cache_seqlens": np.full_like(new["cache_seqlens"], caches[0].shape[1])}
+        with refused("cache_seqlens", "tokens for sequence 0 plus", "at most the"):
+            ours.attention_with_kvcache(q, *given, **full)
+        with refused("v_cache", "the array that is k_cache too", "a cache of its own"):
+            ours.attention_with_kvcache(q, given[0], given[0], **new)
+        same_caches(given, caches)
+
+
 def test_one_length_for_all_is_static(rng, place):
     q, *caches, new = step_arrays(rng, lengths=(9, 9))
     out, *appended = jitted("attention_with_kvcache", q, *caches, **new | {"cache_seqlens": 9})
@@ -604,7 +617,7 @@ def test_as_jax_nn_dot_product_attention(rng, place, dtype, seqlens, masks, leng
     if "q" in lengths:
         options["query_seq_lengths"] = rng.integers(1, seqlen_q + 1, 2).astype(np.int32)
     if "k" in lengths:
-        options["key_value_seq_lengths"] = rng.integers(1, seqlen_k + 1, 2).astype(np.int32)
+        options["key_value_seq_lengths"] = rng.integers(1, seqlen_k + 4, 2).astype(np.int32)
     out, lse = ours.dot_product_attention(q, k, v, **options)
     exact = (x.astype(np.float32) for x in (q, k, v))
     expected, residual = (np.asarray(x) for x in jax.nn.dot_product_attention(*exact, **options))
@@ -650,6 +663,8 @@ def test_complaints_are_in_the_words_of_the_signature(rng):
         ours.dot_product_attention(q, k[..., :16], v)
     with refused("scale", "'big'", "a number", TypeError):
         ours.dot_product_attention(q, k, v, scale="big")
+    with refused("is_causal", "a traced value", "True or False, static", TypeError):
+        jax.jit(lambda x: ours.dot_product_attention(q, k, v, is_causal=x))(True)
     with refused("key_value_seq_lengths", "float32", "int32", TypeError):
         ours.dot_product_attention(q, k, v, key_value_seq_lengths=np.ones(2, np.float32))
     with refused("local_window_size", "1 on the left with 9 queries and 7 keys", "at least 2"):

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -246,8 +247,10 @@ def test_caches_are_copied_only_where_pytorch_misplaces_them(rng):
             return ours.attention_with_kvcache(q, *inside(*given), k=k, v=v, cache_seqlens=3)
 
         backend = aot_autograd(fw_compiler=lambda graph, examples: graphs.append(graph) or graph)  # noqa: B023
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             compiled(layer, backend=backend)(q, *outside(pool))
+        assert bool(expected[views]) == any("PyTorch's compiler would" in str(one.message) for one in told), views
         copies = [node for node in graphs[0].graph.nodes if node.target is torch.ops.cupyattn.copy_of.default]
         assert len(copies) == expected[views], views
 
@@ -358,6 +361,16 @@ def test_caches_that_are_written_count_as_changed(rng):
         torch.ops.cupyattn.append_and_attend(q[:, :1], k.clone(), v.clone(), **new)
 
 
+def test_options_are_refused_in_the_functions_words_while_pytorch_traces(rng):
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
+    for options, sentence in (
+        ({"window": 3}, r"window: got 3, expected \(left, right\) as two ints"),
+        ({"is_causal": True}, r"attention\(\) got an unexpected keyword argument 'is_causal'"),
+    ):
+        with pytest.raises(Exception, match=sentence):
+            compiled(lambda q, options=options: ours.attention(q, k, v, **options))(q)
+
+
 def test_sparse_and_nested_tensors_are_named(rng):
     q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
     with refused("k", "a sparse tensor", "strided", TypeError):
@@ -365,8 +378,8 @@ def test_sparse_and_nested_tensors_are_named(rng):
     nested = torch.nested.nested_tensor(list(q), layout=torch.jagged)
     with refused("q", "a tensor of layout torch.jagged", "a strided tensor", TypeError):
         ours.attention(nested, k, v)
-    for query, layout in ((q.to_sparse(), "sparse_coo"), (nested, "jagged")):
-        with refused("query", f"a tensor of layout torch.{layout}", "a strided tensor"):
+    for query, came in ((q.to_sparse(), "tensor of layout torch.sparse_coo"), (nested, "nested tensor of layout")):
+        with refused("query", f"a {came}", "a strided tensor"):
             ours.scaled_dot_product_attention(query, k, v)
 
 
@@ -458,7 +471,7 @@ MISFITS = [
     ({"dropout_p": 0.1}, "dropout_p", "0.1", "0.0"),
     ({"query": torch.zeros(5, 32)}, "query", r"shape \(5, 32\)", "batch, heads, seqlen, head_dim"),
     ({"key": torch.zeros(4, 7, 32)}, "key", r"shape \(4, 7, 32\)", "as the others"),
-    ({"key": torch.zeros(2, 4, 7, 32, dtype=torch.float16)}, "key", "torch.float16", "the same for all"),
+    ({"key": torch.zeros(2, 4, 7, 32, dtype=torch.float16)}, "key", "torch.float16", "query's dtype torch.float32"),
     ({"query": torch.zeros(2, 4, 5, 32, dtype=torch.float64)}, "query", "torch.float64", "float32"),
     ({"key": torch.zeros(2, 4, 7, 16)}, "key", r"\(2, 4, 7, 16\)", "query's batch and head_dim"),
     ({"value": torch.zeros(2, 4, 6, 32)}, "value", r"\(2, 4, 6, 32\)", "key's"),
@@ -537,6 +550,17 @@ def test_by_default_calls_on_the_cpu_stay_with_pytorch(rng, here):
     with ours.route_scaled_dot_product_attention():
         functional.scaled_dot_product_attention(q, k, v)
     assert here == []
+
+
+def test_strictly_no_autocast_and_no_nested_tensor_is_left_to_pytorch(rng):
+    q, k, v = (put(x, "cpu") for x in heads_first(rng, kv_heads=4))
+    nested = torch.nested.nested_tensor([x.transpose(0, 1) for x in q], layout=torch.jagged).transpose(1, 2)
+    for given, came in (((q, k, v), "torch.float32 under an autocast to torch.bfloat16"), (3 * (nested,), "a nested")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=given[0] is q):
+            with ours.route_scaled_dot_product_attention(devices="cpu"):
+                functional.scaled_dot_product_attention(*given)
+            with ours.route_scaled_dot_product_attention("cpu", strict=True), refused("query", came, ""):
+                functional.scaled_dot_product_attention(*given)
 
 
 WITH_PYTORCH = [m for m in MISFITS if m[1] in ("attn_mask", "dropout_p") or "5, 32" in m[2] or "requires" in m[2]]

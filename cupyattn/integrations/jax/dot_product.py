@@ -40,7 +40,8 @@ def dot_product_attention(
         bias, mask: None. What a mask of ones and zeros says, is_causal, local_window_size and the lengths may say too.
         scale: 1/sqrt(head_dim) if None; static.
         is_causal: query i sees keys j <= i; static.
-        query_seq_lengths, key_value_seq_lengths: int32 (batch,). Rows of query behind them give zeros.
+        query_seq_lengths, key_value_seq_lengths: int32 (batch,). Rows of query behind them give zeros. As in `jax.nn`
+            a sequence of more tokens than there are rows has all of them.
         local_window_size: (left, right) or one int for both: query i sees keys i - left <= j <= i + right; static.
         implementation: of no effect, as there is only this one.
         return_residual: also return the natural logarithm of the softmax's denominator.
@@ -57,6 +58,10 @@ def dot_product_attention(
     if implementation not in (None, "xla", "cudnn"):
         refuse("implementation", repr(implementation), "None, 'xla' or 'cudnn', of no effect here")
     query, key, value = map(jnp.asarray, (query, key, value))
+    if isinstance(is_causal, jax.core.Tracer):
+        refuse("is_causal", "a traced value", "True or False, static: see jax.jit's static_argnames", TypeError)
+    if hasattr(key_value_seq_lengths, "dtype"):
+        key_value_seq_lengths = jnp.clip(key_value_seq_lengths, 0, key.shape[-3])
     left, right = _window(local_window_size)
     sides = left, 0 if is_causal else right
     batched = query.ndim != 3

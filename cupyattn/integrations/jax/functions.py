@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from ...arrays import refuse
+from ...attention import INDEX_ROLES, SCALE_ROLES
+from ...problem import check_indices
 from .batching import mappable
 from .forms import ROLES, Form, abstracts, described
 
@@ -98,7 +101,8 @@ def attention_varlen(
         total_q).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, while JAX traces; on the CPU index arrays when they are read.
+        TypeError, ValueError: an argument does not fit, while JAX traces.
+        jax.errors.JaxRuntimeError: so do the contents of an index array, on the CPU, when the call runs.
     """
     options = _masks(causal, window, softmax_scale, softcap, return_lse, kernel)
     options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "layout": layout}
@@ -140,8 +144,9 @@ def attention_with_kvcache(
     """`cupyattn.attention_with_kvcache` as a function of its arrays: with k and v given, new caches come back.
 
     **The caches are donated** where k and v are given: outside `jax.jit` the arrays passed as k_cache and v_cache are
-    given up, and the new rows are written in place. To a `jax.jit` of yours around the call pass donate_argnames for
-    them, else XLA copies them first.
+    given up, and the new rows are written in place. A call that is refused before it runs leaves them; one that fails
+    while it runs, as XLA has it, does not. To a `jax.jit` of yours around the call pass donate_argnames for them, else
+    XLA copies them first.
 
         step = jax.jit(step, donate_argnames=("k_cache", "v_cache"))
         out, k_cache, v_cache = step(q, k_cache, v_cache, k, v, lengths)
@@ -162,7 +167,9 @@ def attention_with_kvcache(
         (batch, heads, seqlen_q); with k and v (out, k_cache, v_cache), or (out, lse, k_cache, v_cache).
 
     Raises:
-        TypeError, ValueError: an argument does not fit, while JAX traces; on the CPU index arrays when they are read.
+        TypeError, ValueError: an argument does not fit, while JAX traces; or what an index array holds, on the CPU
+            outside of JAX's transformations where k and v are given.
+        jax.errors.JaxRuntimeError: what an index array holds does not fit, on the CPU, when the call runs.
     """
     options = _masks(causal, window, softmax_scale, softcap, return_lse, kernel)
     options |= {"layout": layout, "kv_dtype": kv_dtype, "k_scale": None, "v_scale": None}
@@ -219,12 +226,26 @@ def _call(
     except TypeError:  # no option that is right is without a hash: this one is refused by its name
         described.__wrapped__(form, abstracts(form, arrays))
         raise
+    if "k_new" in arrays:
+        _check_before_donating(form, arrays)
     caches = {role: arrays.pop(role) for role in ("k", "v")} if "k_new" in arrays else {}
     results = (_append if caches else _read)(form, caches, arrays)
     varying = frozenset().union(*(_varying(x) for x in (*caches.values(), *arrays.values())))
     if varying:
         results = tuple([jax.lax.pcast(x, tuple(varying - _varying(x)), to="varying") for x in results])
     return results if len(results) > 1 else results[0]
+
+
+def _check_before_donating(form: Form, arrays: Arrays) -> None:
+    """Refuse what would fail when the caches are given up already, where arrays have values that are at hand."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays.values()):
+        return
+    found = described(form, abstracts(form, arrays))
+    if arrays["k"] is arrays["v"]:
+        refuse("v_cache", "the array that is k_cache too", "a cache of its own")
+    if all(device.platform == "cpu" for device in jnp.asarray(arrays["k"]).devices()):
+        roles = [role for role in (*INDEX_ROLES, *SCALE_ROLES) if role in arrays]
+        check_indices(found.problem, {form.name_of(role): np.asarray(arrays[role]) for role in roles})
 
 
 def _varying(array: jax.Array | np.ndarray) -> frozenset[str]:

@@ -10,12 +10,14 @@ beginning, which before 2.13 is taken to be the view's (pytorch/pytorch#139628).
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _MISPLACES_ALL_VIEWS = torch.__version__ < "2.13"
 
@@ -40,6 +42,8 @@ def copy_misplaced_views(operator: Any, writes: tuple[str, ...], copy_of: Callab
         copied = _misplaced(written)
         if not copied:
             return mode.__torch_dispatch__(operator, (), values, more)
+        if get_proxy_mode() is not None:  # PyTorch first goes through a call without making a graph
+            warnings.warn(_advice(copied), stacklevel=2)
         with mode:
             copies = {name: copy_of(written[name]) for name in copied}
             results = operator(**given | copies)
@@ -48,6 +52,14 @@ def copy_misplaced_views(operator: Any, writes: tuple[str, ...], copy_of: Callab
         return results
 
     operator.py_impl(FunctionalTensorMode)(functional)
+
+
+def _advice(names: list[str]) -> str:
+    return (
+        f"{' and '.join(names)}: a view that PyTorch's compiler would misplace. Each call of what is compiled copies it"
+        " there and back, under dynamic shapes also what it is a view of. To spare that, pass tensors of their own or "
+        "views taken outside, of one tensor for keys and one for values; or compile with dynamic=False"
+    )
 
 
 def _misplaced(written: dict[str, FunctionalTensor]) -> list[str]:

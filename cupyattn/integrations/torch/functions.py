@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .operators import (
     transformations,
 )
 
+_FUNCTIONS = ("attention", "attention_varlen", "attention_with_kvcache")
 _eager = sys.modules["cupyattn.attention"]  # the attribute of that name is the function
 
 Results = Tensor | tuple[Tensor, Tensor]
@@ -34,7 +36,7 @@ def traced(q: Tensor) -> bool:
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Results:
     if not traced(q):
         return _eager.attention(q, k, v, **options)
-    _check({"q": q, "k": k, "v": v}, options)
+    _check("attention", {"q": q, "k": k, "v": v}, options)
     return _asked_for(attend(q, k, v, **named(options)), options)
 
 
@@ -49,7 +51,7 @@ def attention_varlen(
 ) -> Results:
     if not traced(q):
         return _eager.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
-    _check({"q": q, "k": k, "v": v}, options)
+    _check("attention_varlen", {"q": q, "k": k, "v": v}, options)
     return _asked_for(attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, **named(options)), options)
 
 
@@ -57,12 +59,22 @@ def attention_varlen(
 def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Results:
     if not traced(q):
         return _eager.attention_with_kvcache(q, k_cache, v_cache, **options)
-    _check({"q": q, "k_cache": k_cache, "v_cache": v_cache}, options)
+    _check("attention_with_kvcache", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, options)
     operator = attend_cached if options.get("k") is None else append_and_attend
     return _asked_for(operator(q, k_cache, v_cache, **named(options)), options)
 
 
-def _check(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+_PARAMETERS = {name: frozenset(signature(getattr(_eager, name)).parameters) for name in _FUNCTIONS}
+
+
+def _check(function: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """Refuse what the operators would in other words."""
+    for name in options:
+        if name not in _PARAMETERS[function]:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    window = options.get("window")
+    if window is not None and not (isinstance(window, (tuple, list)) and len(window) == 2):
+        refuse("window", repr(window), "(left, right) as two ints, -1 for no bound, or None", TypeError)
     if torch.is_grad_enabled():
         refuse_gradients(tensors | options)
     for name, tensor in tensors.items():

@@ -135,8 +135,8 @@ def _complaint(
                 came,
                 "one without gradients, as there is no backward pass: .detach() it, or use torch.no_grad()",
             )
-        if tensor.layout != torch.strided:
-            return name, f"a tensor of layout {tensor.layout}", "a strided tensor"
+        if tensor.layout != torch.strided or tensor.is_nested:
+            return name, f"a {'nested ' * tensor.is_nested}tensor of layout {tensor.layout}", "a strided tensor"
         if tensor.ndim != query.ndim or tensor.ndim not in (3, 4):
             shape = tuple(tensor.shape)
             return (
@@ -144,8 +144,10 @@ def _complaint(
                 f"shape {shape}",
                 "(batch, heads, seqlen, head_dim) or (heads, seqlen, head_dim), as the others",
             )
-        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+        if tensor.dtype not in DTYPES:
             return name, tensor.dtype, "float16, bfloat16 or float32, the same for all"
+        if tensor.dtype != query.dtype:
+            return name, tensor.dtype, f"query's dtype {query.dtype}"
         if tensor.device != query.device:
             return name, f"a tensor on {tensor.device}", f"one on query's device {query.device}"
         if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
@@ -164,6 +166,14 @@ def _complaint(
     if heads < 1 or kv_heads < 1 or (heads != kv_heads if not enable_gqa else heads % kv_heads):
         expected = "a divisor of that" if enable_gqa else "as many, or enable_gqa=True for a divisor of that"
         return "key", f"{kv_heads} heads where query has {heads}", expected
+    return None
+
+
+def _autocast_complaint(query: Tensor) -> Complaint | None:
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.get_autocast_dtype(kind):
+        wanted = torch.get_autocast_dtype(kind)
+        return "query", f"{query.dtype} under an autocast to {wanted}", f"{wanted}: the kernels' calls change no dtype"
     return None
 
 
@@ -217,14 +227,13 @@ class route_scaled_dot_product_attention(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         kind = query.device.type
-        here = kind in self.devices and not any(x.is_nested for x in (query, key, value))
-        if here and torch.is_autocast_enabled(kind):
-            here = query.dtype == torch.get_autocast_dtype(kind)
-        if here:
-            out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            if out is not None:
-                return out
-            complaint = _complaint(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if kind in self.devices:
+            complaint = _autocast_complaint(query)
+            if complaint is None:
+                out = _attend_at_once(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                if out is not None:
+                    return out
+                complaint = _complaint(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if complaint is None:
                 return _attend(query, key, value, is_causal, scale)
             if self.strict:
