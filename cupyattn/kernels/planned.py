@@ -44,7 +44,7 @@ _Form = tuple[tuple[int, ...], tuple[int, ...], np.dtype, int]
 class Bound(NamedTuple):
     """The launches of a planned call on one stream and on arrays at known addresses, which can be made again."""
 
-    launches: tuple[Callable[[], None], ...]
+    launch: Callable[[], None]
     stream: int
     memory: Any  # of their arguments: nothing of it is written again
 
@@ -56,7 +56,7 @@ class Planned:
     """
 
     __slots__ = ("prepared", "memory", "_roles", "_check", "_inputs", "_template", "_launches", "_of_thread", "_kept")
-    __slots__ += ("_quick", "_order")
+    __slots__ += ("_quick", "_order", "_lock")
 
     def __init__(
         self,
@@ -88,6 +88,7 @@ class Planned:
             form = launch.kernel.function.kernel.ptr, launch.grid, 1, 1, launch.threads, 1, 1, launch.shared_bytes
             self._launches.append(partial(driver.launchKernel, *form))
         self._of_thread = threading.local()
+        self._lock = threading.Lock()
         self._kept = memory is None
         self._quick = _Quick(seen, self._inputs(seen), lse_shape)
         self._argument()  # a graph may be captured before anything else is run
@@ -130,7 +131,13 @@ class Planned:
             partial(launch, stream, location, 0)
             for launch, location in zip(self._launches, argument.locations, strict=True)
         ]
-        return Bound(tuple(launches), stream, argument)
+        return Bound(launches[0] if len(launches) == 1 else partial(self._in_turn, launches), stream, argument)
+
+    def _in_turn(self, launches: Sequence[Callable[[], None]]) -> None:
+        """What one leaves in the plan's memory is for the next, and not for another thread's."""
+        with self._lock:
+            for launch in launches:
+                launch()
 
     def launch(self, bound: Bound, captured: bool) -> None:
         """Launch what `bind` gave. captured: whether its stream is being captured."""
@@ -140,8 +147,7 @@ class Planned:
         try:
             if captured and not self._kept:
                 self._kept = keep_if_captured(self.memory, bound.stream)
-            for launch in bound.launches:
-                launch()
+            bound.launch()
         except Exception as error:
             refuse_foreign_stream(error, self._quick.device)
             raise

@@ -10,6 +10,8 @@ import ctypes
 import inspect
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -790,6 +792,44 @@ def test_a_callback_launches_on_its_buffers_device(gpu):
     for gpu.device in (0, 1, 0):
         callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
     assert gpu.launches_on == [1, 1, 1] and len(callback._plans) == 1
+
+
+def test_launches_of_known_addresses_are_made_again_at_once(gpu, request, monkeypatch):
+    """Where addresses are read, nothing but the launches is done."""
+    callback, buffers = step_callback()
+    slow = []
+    monkeypatch.setattr(
+        calls.Callback, "_on_device", lambda self, *x, go=calls.Callback._on_device: slow.append(go(self, *x))
+    )
+    for _ in range(3):
+        callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
+    assert len(gpu.launches) == 3 and len(slow) == (1 if callback._word else 3)
+    assert bool(callback._word) == ("read" in request.node.name)
+
+
+def test_launches_of_a_plan_stay_together_among_threads(gpu):
+    callback, buffers = step_callback()
+    callback(SimpleNamespace(stream=5), results_at(RESULTS), *buffers)
+    (plan,) = callback._plans.values()
+    noted = []
+
+    def launch(i, stream, location, extra):
+        noted.append((threading.get_ident(), i))
+        time.sleep(0.02)  # as the driver, who lets other threads go on
+
+    plan._planned._launches = [partial(launch, i) for i in range(2)]
+    plan._planned._template.firsts = [0, 0]
+    callback._bound.clear()
+    given = [(results_at((2 + i) * RESULTS), *buffers) for i in range(4)]
+    threads = [threading.Thread(target=callback, args=(SimpleNamespace(stream=5), *each)) for each in 2 * given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(noted) == 16
+    assert all(
+        first == (second[0], 0) and second[1] == 1 for first, second in zip(noted[::2], noted[1::2], strict=True)
+    )
 
 
 def test_what_goes_wrong_in_a_launch_is_told(gpu):

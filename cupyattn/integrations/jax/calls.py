@@ -31,9 +31,7 @@ _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 _words = (ctypes.c_uint64 * (1 << 57)).from_address(0)  # of this process's memory: the one at address 8 * i is number i
 
-_HELD = (
-    256  # launches that a callback keeps: those of a model's layers on one stream, each with results that take turns
-)
+_HELD = 256  # launches that a callback keeps: those of all layers of a model, where results take turns
 
 
 def call(form: Form, arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -90,11 +88,10 @@ class Callback:
                 stream = context.stream
                 bound = self._bound[(stream, *[_words[(id(buffer) >> 3) + word] for buffer in buffers + results])]
                 if not self._captures or not _is_captured()(stream):
-                    for launch in bound.launches:
-                        launch()
+                    bound.launch()
                     return
-            except Exception:  # new addresses, another current device, the CPU; what is wrong is said below
-                pass
+            except Exception:  # new addresses, the CPU, or no context of the device: a launch that fails is made again
+                pass  # below, those before it too, which do no more than before; and what is wrong is said there
         kind, device = buffers[0].__dlpack_device__()
         if kind == _CPU:
             self._on_host(results, buffers)
@@ -196,13 +193,13 @@ class _Plan(PlannedCall):
         example = self._operands  # new rows and no query
         given = {role: address for own, address in zip(self._order, addresses, strict=True) for role in own}
         views = {role: replace(getattr(example, role), pointer=given[role]) for role in ROLES if role in given}
-        return Bound((partial(self._call.run, replace(example, **views), stream),), stream, None)
+        return Bound(partial(self._call.run, replace(example, **views), stream), stream, None)
 
     def launch(self, bound: Bound, captured: bool) -> None:
         if self._planned is not None:
             self._planned.launch(bound, captured)
         else:
-            bound.launches[0]()
+            bound.launch()
 
 
 def _by_asking(buffers: tuple[Buffer, ...]) -> tuple[int, ...]:

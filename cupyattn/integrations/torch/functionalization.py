@@ -1,10 +1,16 @@
 """How compiled graphs write to caches that are views: what PyTorch's own way gets wrong goes by a copy.
 
-PyTorch makes an operator that writes to its arguments one that returns them, and on the way describes a view by its
-place in the storage. It takes that for the place in the tensor that the view was made of. So a view made in the graph
-is looked for elsewhere if that tensor is a view itself (a slice in all versions so far, any other before 2.13), or if
-its place is not a number yet (in 2.13). And where both caches are parts of one storage, that is copied from its
-beginning, which before 2.13 is taken to be the view's (pytorch/pytorch#139628).
+PyTorch makes an operator that writes to its arguments one that returns them. On the way it notes where in its storage a
+view lies that was made in the graph, and makes it again there from the tensor that it is a view of. That goes wrong
+
+1. if that tensor is itself a part of something larger, as where `a, b = pair` and the pair came in as `pool[1]`. The
+   place in the storage is taken for one in the pair: always for slices and before PyTorch 2.13, else if the pair was
+   written to before;
+2. if the place is not known while PyTorch compiles, under dynamic shapes (in 2.13 it is taken for 0);
+3. for a view to another dtype, which is taken for no view.
+
+Of arguments that are parts of one storage and came in so, one is copied, from the storage's beginning: before 2.13 from
+as far behind the view (pytorch/pytorch#139628), else correctly, but with all that lies before it.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_MISPLACES_ALL_VIEWS = torch.__version__ < "2.13"
+_steps_of_view = getattr(torch._C._functionalization, "get_view_meta_sequence", lambda tensor: ())
 
 
 def define_copies(library: torch.library.Library) -> Callable[[Tensor], Tensor]:
@@ -67,13 +73,14 @@ def _misplaced(written: dict[str, FunctionalTensor]) -> list[str]:
     roots: dict[int, int] = {}  # of each storage, what its views so far were made of
     for name, tensor in written.items():
         base = tensor._inference_mode_base if torch.is_inference_mode_enabled() else tensor._base
-        storage = torch._from_functional_tensor(tensor.elem).untyped_storage()._cdata
         root = (tensor if base is None else base)._cdata
+        storage = torch._from_functional_tensor(tensor.elem).untyped_storage()._cdata
         misplaced = roots.get(storage, root) != root
-        if base is not None:
-            known = all(type(one) is int for one in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
-            is_slice = base.stride() == tensor.stride()
-            misplaced |= not known or (base.storage_offset() != 0 and (_MISPLACES_ALL_VIEWS or is_slice))
+        if base is None:
+            misplaced |= bool(_steps_of_view(tensor.elem))  # to another dtype: PyTorch takes it for no view
+        else:
+            numbers = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+            misplaced |= base.storage_offset() != 0 or any(type(number) is not int for number in numbers)
         if misplaced:
             found.append(name)
         else:
