@@ -376,6 +376,26 @@ def test_gradients_by_transformations_are_refused(rng):
     torch.testing.assert_close(mapped, ours.attention(q, k[:1].expand_as(k), v[:1].expand_as(v)))
 
 
+def test_forward_derivatives_are_refused_and_left_to_pytorch(rng):
+    q, k, v = (put(x, "cpu") for x in dense_arrays(rng, kv_heads=4))
+    for function in (ours.attention, lambda *x: torch.ops.cupyattn.attention(*x)[0], ours.scaled_dot_product_attention):
+        with pytest.raises((TypeError, ValueError), match="got a tensor with a tangent, expected one without"):
+            torch.func.jvp(lambda q, function=function: function(q, k, v), (q,), (q,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(q, q)
+            with pytest.raises((TypeError, ValueError), match="got a tensor with a tangent, expected one without"):
+                function(dual, k, v)
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(ours.attention(q, k, v), cupyattn.attention(q, k, v))
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    ask = functional.scaled_dot_product_attention
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # others of PyTorch's give none
+        expected = torch.func.jvp(lambda q: ask(q, *turned[1:]), (turned[0],), (turned[0],))
+        with ours.route_scaled_dot_product_attention(devices="cpu"):
+            got = torch.func.jvp(lambda q: ask(q, *turned[1:]), (turned[0],), (turned[0],))
+    torch.testing.assert_close(got, expected)
+
+
 def test_caches_that_are_written_count_as_changed(rng):
     q, k, v = (put(x, "cpu") for x in dense_arrays(rng))
     weight = torch.ones_like(k, requires_grad=True)

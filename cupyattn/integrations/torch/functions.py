@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...arrays import refuse
 from .operators import (
@@ -29,7 +30,9 @@ Results = Tensor | tuple[Tensor, Tensor]
 
 def traced(q: Tensor) -> bool:
     """Whether PyTorch is looking at the call rather than making it. Tensors of its tracers are of other classes."""
-    return torch.compiler.is_compiling() or type(q) is not Tensor or transformations() is not None
+    if torch.compiler.is_compiling() or type(q) is not Tensor:
+        return True
+    return transformations() is not None or forward_ad._current_level >= 0
 
 
 @wraps(_eager.attention)

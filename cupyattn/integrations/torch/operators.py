@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...arrays import refuse
 from ...attention import attention, attention_varlen, attention_with_kvcache
@@ -89,7 +90,7 @@ def _operator(name: str, arguments: str, function: Callable[..., Any], writes: t
         is_next = not _tracers() and transformations() is None
         for value in (*values, *more.values()):
             if isinstance(value, Tensor):
-                if records and value.requires_grad:
+                if (records and value.requires_grad) or has_tangent(value):
                     refuse_gradients(dict(zip(names, values, strict=False)) | more)
                 is_next &= type(value) in _PLAIN
         if is_next:
@@ -140,9 +141,16 @@ def named(options: Given) -> Given:
     return {(numbers | _NAMES | forms).get(name, name): value for name, value in options.items()}
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a forward-mode derivative is taken of it, as by torch.func.jvp."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def refuse_gradients(given: Given) -> None:
     """Refuse tensors that require gradients, by name."""
     for name, tensor in given.items():
+        if isinstance(tensor, Tensor) and not torch.compiler.is_compiling() and has_tangent(tensor):
+            refuse(name, "a tensor with a tangent", "one without, as no derivatives are computed here", TypeError)
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             came = "a tensor that requires grad, while gradients are recorded"
             without = "a tensor without gradients, as there is no backward pass"

@@ -16,6 +16,7 @@ from ...attention import attention as attend_eagerly
 from ...problem import MAX_HEAD_DIM
 from ..alignment import from_top_left
 from .functions import attention, traced
+from .operators import has_tangent
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -128,6 +129,8 @@ def _complaint(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             return name, None if tensor is None else f"a {type(tensor).__name__}", "a tensor"
+        if not torch.compiler.is_compiling() and has_tangent(tensor):
+            return name, "a tensor with a tangent", "one without, as no derivatives are computed here"
         if recorded and tensor.requires_grad:
             came = "a tensor that requires grad, while gradients are recorded"
             return (
